@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -104,9 +103,13 @@ def autocast(device, amp):
 
 
 def peak_memory_mb(device):
-    """Peak memory of this process so far: allocated on CUDA, resident elsewhere. In MB (10^6 bytes)."""
+    """Peak memory of this process so far, in MB (10^6 bytes): allocated on CUDA, resident elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource    # absent on Windows
+    except ImportError:
+        return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 

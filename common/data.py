@@ -1,0 +1,205 @@
+"""Datasets. Images are float32 in [-1, 1] of shape (N, C, H, W) with int64 labels, held as one tensor."""
+
+import urllib.error
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import functional as TF
+
+from .cli import fail
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / "data"
+OFFLINE = ("digits", "digits8", "color_digits")
+DOWNLOADED = ("mnist", "fashion_mnist", "cifar10")
+POINTS = ("swiss_roll", "two_moons", "gaussians")
+IMAGE_NAMES = (*OFFLINE, *DOWNLOADED, "folder:PATH")
+SERIES_NAMES = ("sines", "csv:PATH")
+
+
+@dataclass
+class Data:
+    """A dataset split in two. train, test: (N, C, H, W) images, (N, 2) points or (N, 1, L) series.
+
+    train_labels, test_labels: (N,) int64, or None where the data has no classes; classes: their names.
+    Distances, neighbours and latent scales refer to the training part.
+    """
+
+    name: str
+    train: torch.Tensor
+    test: torch.Tensor
+    train_labels: torch.Tensor | None = None
+    test_labels: torch.Tensor | None = None
+    classes: tuple = ()
+
+    def to(self, device):
+        """The same data on a device."""
+        move = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return Data(**{**vars(self), **move})
+
+
+def load_images(name, size=0):
+    """Image dataset by name (IMAGE_NAMES), resized to size x size where size is not 0.
+
+    folder:PATH needs no labels: a flat folder of pictures or one folder a class. Nothing is downloaded
+    for the bundled names. A mistake ends the program with one line.
+    """
+    if name.startswith("folder:"):
+        return _folder(Path(name[len("folder:"):]).expanduser(), size or 32)
+    if name == "digits":
+        data = _split(name, *_digits())
+    elif name == "digits8":
+        from sklearn.datasets import load_digits
+        raw = load_digits()
+        x = torch.from_numpy(raw.images).float()[:, None] / 8 - 1
+        data = _split(name, x, torch.from_numpy(raw.target).long())
+    elif name == "color_digits":
+        x, y = _digits()
+        data = _split(name, _colour(x), y)
+    elif name in DOWNLOADED:
+        data = _downloaded(name)
+    else:
+        fail(f"--dataset {name}: must be one of {', '.join(IMAGE_NAMES)}")
+    if size and size != data.train.shape[-1]:
+        data.train, data.test = _fit(data.train, size), _fit(data.test, size)
+    return data
+
+
+def load_points(name, n=20000, seed=0):
+    """2-D points from scikit-learn, (n, 2), centred and scaled to about unit variance, half held out."""
+    from sklearn import datasets
+    if name == "swiss_roll":
+        x = datasets.make_swiss_roll(n, noise=0.5, random_state=seed)[0][:, [0, 2]]
+        x = (x - np.array([2.0, 4.7])) / 7.0
+    elif name == "two_moons":
+        x = (datasets.make_moons(n, noise=0.06, random_state=seed)[0] - np.array([0.5, 0.25])) / 0.75
+    elif name == "gaussians":
+        angles = np.arange(8) * np.pi / 4
+        centres = 1.4 * np.stack([np.cos(angles), np.sin(angles)], 1)
+        x = datasets.make_blobs(n, centers=centres, cluster_std=0.1, random_state=seed)[0]
+    else:
+        fail(f"--dataset {name}: must be one of {', '.join(POINTS)}")
+    x = torch.from_numpy(x).float()[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+    return Data(name, x[: n // 2], x[n // 2:])
+
+
+def load_series(name, n=5000, length=64, seed=0):
+    """1-D series, (N, 1, L) scaled into [-1, 1]: synthetic sines, or csv:PATH with one series a row."""
+    if name == "sines":
+        rng = np.random.default_rng(seed)
+        grid = np.linspace(0, 1, length)
+        frequency, phase = rng.uniform(1, 4, (n, 1)), rng.uniform(0, 2 * np.pi, (n, 1))
+        x = np.sin(2 * np.pi * frequency * grid + phase) * rng.uniform(0.4, 1.0, (n, 1))
+    elif name.startswith("csv:"):
+        try:
+            x = np.loadtxt(name[len("csv:"):], delimiter=",", ndmin=2)
+        except (OSError, ValueError) as problem:
+            fail(f"--dataset {name}: not a readable CSV of numbers, one series a row ({problem})")
+        if len(x) < 2 or not np.isfinite(x).all():
+            fail(f"--dataset {name}: needs at least 2 rows of finite numbers")
+        low, high = x.min(), x.max()
+        x = 2 * (x - low) / (high - low if high > low else 1) - 1
+    else:
+        fail(f"--dataset {name}: must be one of {', '.join(SERIES_NAMES)}")
+    x = torch.from_numpy(x).float()[:, None]
+    held_out = max(1, len(x) // 10)
+    return Data(name, x[held_out:], x[:held_out])
+
+
+def _digits():
+    """The bundled 5,000 MNIST digits: (5000, 1, 28, 28) in [-1, 1] and their labels."""
+    stored = np.load(Path(__file__).parent / "assets" / "mnist_5k.npz")
+    return to_unit(torch.from_numpy(stored["x"])[:, None]), torch.from_numpy(stored["y"])
+
+
+def to_unit(pixels):
+    """8-bit pixels 0..255 -> float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def _split(name, x, y):
+    """The fixed stratified split: a tenth held out, the same in every script and metric."""
+    from sklearn.model_selection import train_test_split
+    train, test = train_test_split(np.arange(len(x)), test_size=len(x) // 10, stratify=y, random_state=0)
+    classes = tuple(str(c) for c in range(int(y.max()) + 1))
+    return Data(name, x[train], x[test], y[train], y[test], classes)
+
+
+def _colour(x):
+    """Digits in [-1, 1], each in one random colour on a dark random ground: (N, 3, 32, 32)."""
+    generator = torch.Generator().manual_seed(0)
+    ink = 0.55 + 0.45 * torch.rand(len(x), 3, 1, 1, generator=generator)
+    ink = ink * (torch.rand(len(x), 3, 1, 1, generator=generator) > 0.35).float().clamp(min=0.15)
+    ground = 0.25 * torch.rand(len(x), 3, 1, 1, generator=generator)
+    mask = F.pad(x, (2, 2, 2, 2), value=-1.0) / 2 + 0.5
+    return 2 * (mask * ink + (1 - mask) * ground) - 1
+
+
+def _fit(x, size):
+    """Square images to size x size: padded with their own corner value where they grow by a little."""
+    gap = size - x.shape[-1]
+    if 0 < gap <= x.shape[-1] // 4:
+        before, after = gap // 2, gap - gap // 2
+        return F.pad(x, (before, after, before, after), mode="replicate")
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+
+
+def _downloaded(name):
+    from torchvision import datasets
+    kind = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST,
+            "cifar10": datasets.CIFAR10}[name]
+    parts = []
+    for train in (True, False):
+        try:
+            raw = kind(CACHE, train=train, download=True)
+        except (OSError, RuntimeError, urllib.error.URLError):
+            fail(f"--dataset {name}: could not be downloaded to {CACHE} (no network?); "
+                 f"these need none: {', '.join(OFFLINE)}, folder:PATH")
+        pixels = torch.as_tensor(np.asarray(raw.data))
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        parts.append((to_unit(pixels), torch.as_tensor(raw.targets).long()))
+    (train, train_labels), (test, test_labels) = parts
+    return Data(name, train, test, train_labels, test_labels, tuple(map(str, raw.classes)))
+
+
+def _folder(path, size):
+    """A person's own pictures, resized and centre-cropped: subfolders are classes, else no labels."""
+    from PIL import Image, UnidentifiedImageError
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+    try:
+        flat = sorted(p for p in path.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
+        nested = any(p.is_dir() for p in path.iterdir())
+    except OSError as problem:
+        fail(f"--dataset folder:{path}: cannot be read ({problem.strerror})")
+    items, classes = [(str(p), 0) for p in flat], ()
+    if not flat and nested:
+        try:
+            found = ImageFolder(path, allow_empty=True)
+        except (OSError, FileNotFoundError) as problem:
+            fail(f"--dataset folder:{path}: cannot be read ({problem})")
+        items, classes = found.samples, tuple(found.classes)
+    images, labels, broken = [], [], []
+    for file, label in items:
+        try:
+            with Image.open(file) as picture:
+                picture = TF.center_crop(TF.resize(picture.convert("RGB"), size, antialias=True), size)
+                images.append(TF.pil_to_tensor(picture))
+                labels.append(label)
+        except (OSError, UnidentifiedImageError, ValueError, SyntaxError):
+            broken.append(file)
+    if broken:
+        names = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
+        print(f"skipped {len(broken)} broken picture(s): {names}")
+    if len(images) < 2:
+        fail(f"--dataset folder:{path}: needs at least 2 readable pictures "
+             f"({', '.join(IMG_EXTENSIONS)}), found {len(images)}")
+    x, y = to_unit(torch.stack(images)), torch.tensor(labels)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    test, train = order.split([max(1, len(x) // 10), len(x) - max(1, len(x) // 10)])
+    if not classes:
+        return Data(f"folder:{path}", x[train], x[test])
+    return Data(f"folder:{path}", x[train], x[test], y[train], y[test], classes)
