@@ -14,7 +14,7 @@ KERNELS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
 def fail(message):
-    """End the program with one line on standard error and exit status 2: the user's mistake, named."""
+    """End the program with one line on standard error and exit status 2 for a user's mistake."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -66,11 +66,11 @@ class _Parser(argparse.ArgumentParser):
 def parse_args(Config, presets, argv=None, free=(), defaults="laptop"):
     """Read the command line of a script.
 
-    Config: frozen dataclass; presets: {name: Config}; free: fields that may change when a checkpoint is
-    loaded (they belong to sampling, not to the trained model).
-    Returns (cfg, opts): cfg is a Config (preset, then --config, then flags) and opts a namespace with the
-    run's settings; opts.given names the fields set by hand. Ends with status 2 on a mistake.
-    In a notebook cell the kernel's own arguments are ignored.
+    Config: frozen dataclass; presets: {name: Config}; free: fields that may change when a
+    checkpoint is loaded (they belong to sampling, not to the trained model). Returns (cfg, opts):
+    cfg is a Config (preset, then --config, then flags) and opts a namespace with the run's
+    settings; opts.given names the fields set by hand. Ends with status 2 on a mistake. In a
+    notebook cell the kernel's own arguments are ignored.
     """
     if argv is None:
         argv = [] if Path(sys.argv[0]).name in KERNELS else sys.argv[1:]
@@ -86,7 +86,7 @@ def parse_args(Config, presets, argv=None, free=(), defaults="laptop"):
                      help="go on with a run folder; without a value the newest")
     run.add_argument("--sample", nargs="?", const="", metavar="CHECKPOINT",
                      help="no training: draw from a checkpoint; without a value the newest run's, "
-                          "else the shipped one")
+                     "else the shipped one")
     run.add_argument("--evaluate", nargs="?", type=int, const=500, metavar="N",
                      help="draw N samples and add distances and scores to metrics.json")
     run.add_argument("--config", metavar="FILE", help="repeat a run from its config.json")
@@ -112,9 +112,13 @@ def parse_args(Config, presets, argv=None, free=(), defaults="laptop"):
         fields.add_argument(*names, dest=field.name, default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
 
-    opts = argparse.Namespace(**{k: given.pop(k) for k in (
-        "preset", "device", "seed", "out", "resume", "sample", "evaluate", "config", "amp", "compile",
-        "grad_checkpointing", "tensorboard")})
+    opts = argparse.Namespace(
+        **{
+            k: given.pop(k)
+            for k in ("preset", "device", "seed", "out", "resume", "sample", "evaluate", "config",
+                      "amp", "compile", "grad_checkpointing", "tensorboard")
+        }
+    )
     opts.given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     opts.free = free
     if opts.preset not in presets:
@@ -124,7 +128,9 @@ def parse_args(Config, presets, argv=None, free=(), defaults="laptop"):
     if opts.evaluate is not None and opts.evaluate < 10:
         fail(f"--evaluate {opts.evaluate}: must be >= 10")
     if opts.resume is not None and opts.sample is not None:
-        fail("--resume and --sample exclude each other: one goes on training, the other does not train")
+        fail(
+            "--resume and --sample exclude each other: one trains on, the other does not train"
+        )
     if not 0 <= opts.seed < 2**63:
         fail(f"--seed {opts.seed}: must be in [0, 2^63)")
     cfg = presets[opts.preset]
@@ -163,7 +169,9 @@ def config_from(values, Config, where):
 
 
 def merge_config(cfg_checkpoint, opts, where):
-    """The checkpoint's Config with the free fields given by hand; any other given change is an error."""
+    """The checkpoint's Config with the free fields given by hand; any other given change is an
+    error.
+    """
     for name, value in opts.given.items():
         trained = getattr(cfg_checkpoint, name)
         if name not in opts.free and value != trained:

@@ -1,4 +1,6 @@
-"""Datasets. Images are float32 in [-1, 1] of shape (N, C, H, W) with int64 labels, held as one tensor."""
+"""Datasets. Images are float32 in [-1, 1] of shape (N, C, H, W) with int64 labels, held as one
+tensor.
+"""
 
 import urllib.error
 from dataclasses import dataclass
@@ -24,8 +26,8 @@ SERIES_NAMES = ("sines", "csv:PATH")
 class Data:
     """A dataset split in two. train, test: (N, C, H, W) images, (N, 2) points or (N, 1, L) series.
 
-    train_labels, test_labels: (N,) int64, or None where the data has no classes; classes: their names.
-    Distances, neighbours and latent scales refer to the training part.
+    train_labels, test_labels: (N,) int64, or None where the data has no classes; classes: their
+    names. Distances, neighbours and latent scales refer to the training part.
     """
 
     name: str
@@ -44,15 +46,16 @@ class Data:
 def load_images(name, size=0):
     """Image dataset by name (IMAGE_NAMES), resized to size x size where size is not 0.
 
-    folder:PATH needs no labels: a flat folder of pictures or one folder a class. Nothing is downloaded
-    for the bundled names. A mistake ends the program with one line.
+    folder:PATH needs no labels: a flat folder of pictures or one folder a class. Nothing is
+    downloaded for the bundled names. A mistake ends the program with one line.
     """
     if name.startswith("folder:"):
-        return _folder(Path(name[len("folder:"):]).expanduser(), size or 32)
+        return _folder(Path(name[len("folder:") :]).expanduser(), size or 32)
     if name == "digits":
         data = _split(name, *_digits())
     elif name == "digits8":
         from sklearn.datasets import load_digits
+
         raw = load_digits()
         x = torch.from_numpy(raw.images).float()[:, None] / 8 - 1
         data = _split(name, x, torch.from_numpy(raw.target).long())
@@ -69,25 +72,32 @@ def load_images(name, size=0):
 
 
 def load_points(name, n=20000, seed=0):
-    """2-D points from scikit-learn, (n, 2), centred and scaled to about unit variance, half held out."""
+    """2-D points from scikit-learn, (n, 2), centred and scaled to about unit variance, half held
+    out.
+    """
     from sklearn import datasets
+
     if name == "swiss_roll":
         x = datasets.make_swiss_roll(n, noise=0.5, random_state=seed)[0][:, [0, 2]]
         x = (x - np.array([2.0, 4.7])) / 7.0
     elif name == "two_moons":
-        x = (datasets.make_moons(n, noise=0.06, random_state=seed)[0] - np.array([0.5, 0.25])) / 0.75
+        x = (
+            datasets.make_moons(n, noise=0.06, random_state=seed)[0] - np.array([0.5, 0.25])) / 0.75
     elif name == "gaussians":
         angles = np.arange(8) * np.pi / 4
         centres = 1.4 * np.stack([np.cos(angles), np.sin(angles)], 1)
         x = datasets.make_blobs(n, centers=centres, cluster_std=0.1, random_state=seed)[0]
     else:
         fail(f"--dataset {name}: must be one of {', '.join(POINTS)}")
-    x = torch.from_numpy(x).float()[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
-    return Data(name, x[: n // 2], x[n // 2:])
+    x = torch.from_numpy(x).float()[
+        torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+    return Data(name, x[: n // 2], x[n // 2 :])
 
 
 def load_series(name, n=5000, length=64, seed=0):
-    """1-D series, (N, 1, L) scaled into [-1, 1]: synthetic sines, or csv:PATH with one series a row."""
+    """1-D series, (N, 1, L) scaled into [-1, 1]: synthetic sines, or csv:PATH with one series a
+    row.
+    """
     if name == "sines":
         rng = np.random.default_rng(seed)
         grid = np.linspace(0, 1, length)
@@ -95,7 +105,7 @@ def load_series(name, n=5000, length=64, seed=0):
         x = np.sin(2 * np.pi * frequency * grid + phase) * rng.uniform(0.4, 1.0, (n, 1))
     elif name.startswith("csv:"):
         try:
-            x = np.loadtxt(name[len("csv:"):], delimiter=",", ndmin=2)
+            x = np.loadtxt(name[len("csv:") :], delimiter=",", ndmin=2)
         except (OSError, ValueError) as problem:
             fail(f"--dataset {name}: not a readable CSV of numbers, one series a row ({problem})")
         if len(x) < 2 or not np.isfinite(x).all():
@@ -123,7 +133,9 @@ def to_unit(pixels):
 def _split(name, x, y):
     """The fixed stratified split: a tenth held out, the same in every script and metric."""
     from sklearn.model_selection import train_test_split
-    train, test = train_test_split(np.arange(len(x)), test_size=len(x) // 10, stratify=y, random_state=0)
+
+    train, test = train_test_split(
+        np.arange(len(x)), test_size=len(x) // 10, stratify=y, random_state=0)
     classes = tuple(str(c) for c in range(int(y.max()) + 1))
     return Data(name, x[train], x[test], y[train], y[test], classes)
 
@@ -139,7 +151,7 @@ def _colour(x):
 
 
 def _fit(x, size):
-    """Square images to size x size: padded with their own corner value where they grow by a little."""
+    """Square images to size x size: padded with their edge where they grow by a little."""
     gap = size - x.shape[-1]
     if 0 < gap <= x.shape[-1] // 4:
         before, after = gap // 2, gap - gap // 2
@@ -149,6 +161,7 @@ def _fit(x, size):
 
 def _downloaded(name):
     from torchvision import datasets
+
     kind = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST,
             "cifar10": datasets.CIFAR10}[name]
     parts = []
@@ -166,10 +179,11 @@ def _downloaded(name):
 
 
 def _folder(path, size):
-    """A person's own pictures, resized and centre-cropped: subfolders are classes, else no labels."""
+    """A person's own pictures, resized and centre-cropped; subfolders are classes."""
     from PIL import Image, UnidentifiedImageError
     from torchvision.datasets import ImageFolder
     from torchvision.datasets.folder import IMG_EXTENSIONS
+
     try:
         flat = sorted(p for p in path.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
         nested = any(p.is_dir() for p in path.iterdir())
@@ -186,7 +200,8 @@ def _folder(path, size):
     for file, label in items:
         try:
             with Image.open(file) as picture:
-                picture = TF.center_crop(TF.resize(picture.convert("RGB"), size, antialias=True), size)
+                picture = TF.center_crop(
+                    TF.resize(picture.convert("RGB"), size, antialias=True), size)
                 images.append(TF.pil_to_tensor(picture))
                 labels.append(label)
         except (OSError, UnidentifiedImageError, ValueError, SyntaxError):

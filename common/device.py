@@ -1,4 +1,6 @@
-"""Where a run happens: CPU, CUDA or Apple MPS; one process or several under torchrun; seeds; precision."""
+"""Where a run happens: CPU, CUDA or Apple MPS; one process or several under torchrun; seeds;
+precision.
+"""
 
 import contextlib
 import os
@@ -26,9 +28,11 @@ class Launch:
         return self.rank == 0
 
     def shard(self, batch):
-        """This rank's slice of a batch that every rank drew alike. batch: (B, ...) -> (B / world, ...)."""
+        """This rank's slice of a batch that every rank drew alike. batch: (B, ...) -> (B / world,
+        ...).
+        """
         share = len(batch) // self.world
-        return batch[self.rank * share:(self.rank + 1) * share]
+        return batch[self.rank * share : (self.rank + 1) * share]
 
     def average(self, tensors):
         """Average tensors over all processes, in place, in one message."""
@@ -42,7 +46,7 @@ class Launch:
 
 
 def launch(name="auto"):
-    """Choose the device and, under torchrun, join the process group (NCCL on CUDA, gloo elsewhere)."""
+    """Choose the device and, under torchrun, join the group (NCCL on CUDA, gloo elsewhere)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = pick_device(name)
@@ -55,7 +59,9 @@ def launch(name="auto"):
 
 
 def pick_device(name="auto"):
-    """torch.device for auto (CUDA, else MPS, else CPU), cpu, cuda or mps; one that is absent is an error."""
+    """torch.device for auto (CUDA, else MPS, else CPU), cpu, cuda or mps; one that is absent is an
+    error.
+    """
     available = {"cpu": True, "cuda": torch.cuda.is_available(),
                  "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -103,11 +109,13 @@ def autocast(device, amp):
 
 
 def peak_memory_mb(device):
-    """Peak memory of this process so far, in MB (10^6 bytes): allocated on CUDA, resident elsewhere."""
+    """Peak memory of this process so far, in MB (10^6 bytes): allocated on CUDA, resident
+    elsewhere.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     try:
-        import resource    # absent on Windows
+        import resource  # absent on Windows
     except ImportError:
         return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

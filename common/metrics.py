@@ -1,7 +1,7 @@
 """Quality of samples: a small classifier, Fréchet distance, Inception Score, precision and recall.
 
-The features are those of a classifier trained here, so the distance is a Fréchet distance in classifier
-features; it is not an FID, and is not comparable with one.
+The features are those of a classifier trained here, so the distance is a Fréchet distance in
+classifier features; it is not an FID, and is not comparable with one.
 """
 
 import os
@@ -16,21 +16,24 @@ from tqdm import tqdm
 
 from .data import CACHE
 
-SURE = 0.9    # a classifier is sure of a picture when its largest probability is above this
+SURE = 0.9  # a classifier is sure of a picture when its largest probability is above this
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier; its 64 penultimate features are the space of all distances here."""
+    """A small convolutional classifier; its 64 penultimate features are the space of all distances
+    here.
+    """
 
     def __init__(self, channels, classes):
         super().__init__()
 
         def block(c_in, c_out):
             return [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(),
-                    nn.Conv2d(c_out, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2)]
+                    nn.Conv2d(c_out, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(),
+                    nn.MaxPool2d(2)]
 
-        self.body = nn.Sequential(*block(channels, 16), *block(16, 32), nn.AdaptiveAvgPool2d(3), nn.Flatten(),
-                                  nn.Dropout(0.25), nn.Linear(32 * 9, 64), nn.ReLU())
+        self.body = nn.Sequential(*block(channels, 16), *block(16, 32), nn.AdaptiveAvgPool2d(3),
+                                  nn.Flatten(), nn.Dropout(0.25), nn.Linear(32 * 9, 64), nn.ReLU())
         self.head = nn.Linear(64, classes)
 
     def forward(self, x):
@@ -39,10 +42,11 @@ class Classifier(nn.Module):
 
 
 def load_classifier(data, epochs=12, cache=CACHE):
-    """The classifier of a labelled dataset: trained once on its training part, then read from the cache.
+    """The classifier of a labelled dataset: trained once on its training part, then read from the
+    cache.
 
-    Returns (classifier in eval mode, {"accuracy", "sure"} on the held-out part), or (None, {}) where the
-    data has no labels. Training leaves the caller's random state alone.
+    Returns (classifier in eval mode, {"accuracy", "sure"} on the held-out part), or (None, {})
+    where the data has no labels. Training leaves the caller's random state alone.
     """
     if data.train_labels is None:
         return None, {}
@@ -66,7 +70,9 @@ def load_classifier(data, epochs=12, cache=CACHE):
 
 
 def _fingerprint(data):
-    """A number that changes with the training images, so that another set is not judged by an old cache."""
+    """A number that changes with the training images, so that another set is not judged by an old
+    cache.
+    """
     return float(data.train.double().mean() + len(data.train))
 
 
@@ -75,7 +81,7 @@ def _read(classifier, file, data):
         stored = torch.load(file, map_location=data.train.device, weights_only=True)
         classifier.load_state_dict(stored["weights"])
         return stored["reference"] == _fingerprint(data)
-    except Exception:    # absent, cut short, or of another shape: it is only a cache, train again
+    except Exception:  # absent, cut short, or of another shape: it is only a cache, train again
         return False
 
 
@@ -113,40 +119,49 @@ def sure_share(p):
 
 
 def frechet_distance(a, b):
-    """Fréchet distance of Gaussians fitted to features a (N, D) and b (M, D) (Heusel et al., arXiv 1706.08500).
+    """Fréchet distance of Gaussians fitted to features a (N, D) and b (M, D) (Heusel et al., arXiv
+    1706.08500).
 
-    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), the root's trace from the eigenvalues.
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), the root's trace from the
+    eigenvalues.
     """
     mean = ((a.mean(0) - b.mean(0)) ** 2).sum()
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = linalg.sqrtm(cov_a + 1e-12 * np.eye(len(cov_a)))    # symmetric, so is the middle of root cov_b root
+    root = linalg.sqrtm(
+        cov_a + 1e-12 * np.eye(len(cov_a)))  # symmetric, so is the middle of root cov_b root
     cross = np.sqrt(np.clip(linalg.eigvalsh(root.real @ cov_b @ root.real), 0, None)).sum()
     return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
 def inception_score(p):
-    """exp E KL(p(y|x) || p(y)) (Salimans et al., arXiv 1606.03498) from probabilities p: (N, classes)."""
+    """exp E KL(p(y|x) || p(y)) (Salimans et al., arXiv 1606.03498) from probabilities p: (N,
+    classes).
+    """
     p = p.double()
     kl = torch.special.xlogy(p, p) - p * p.mean(0, keepdim=True).clamp(min=1e-300).log()
     return kl.sum(1).mean().exp().item()
 
 
 def precision_recall(real, fake, k=3):
-    """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991) of features (N, D), (M, D).
+    """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991) of features (N, D), (M,
+    D).
 
     Precision: share of fakes inside a real point's k-nearest-neighbour ball; recall: the reverse.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
 
     def covered(points, centres):
-        radius = torch.cdist(centres, centres).kthvalue(k + 1, dim=1).values    # k + 1: itself is at 0
+        radius = (
+            torch.cdist(centres, centres).kthvalue(k + 1, dim=1).values)  # k + 1: itself is at 0
         return (torch.cdist(points, centres) <= radius).any(1).double().mean().item()
 
     return covered(fake, real), covered(real, fake)
 
 
 def nearest_neighbours(x, reference, batch_size=250):
-    """For each x the index of the closest reference image and its root-mean-square distance a pixel."""
+    """For each x the index of the closest reference image and its root-mean-square distance a
+    pixel.
+    """
     flat = reference.flatten(1)
     found = [torch.cdist(part.flatten(1), flat).min(1) for part in x.split(batch_size)]
     distance = torch.cat([f.values for f in found]) / flat.shape[1] ** 0.5
@@ -155,7 +170,8 @@ def nearest_neighbours(x, reference, batch_size=250):
 
 def energy_distance(a, b):
     """2 E|a-b| - E|a-a'| - E|b-b'| over all pairs (V-statistic). a: (N, D), b: (M, D)."""
-    return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
+    return (
+        2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
 
 
 def quality(samples, data, classifier):
@@ -163,24 +179,29 @@ def quality(samples, data, classifier):
     p = probabilities(classifier, samples)
     real, fake = features(classifier, data.train), features(classifier, samples)
     precision, recall = precision_recall(real[:2000], fake)
-    scores = {"n": len(samples), "reference": f"{data.name}, training part, n = {len(data.train)}",
-              "sure": sure_share(p), "classes": torch.bincount(p.argmax(1), minlength=p.shape[1]).tolist(),
-              "frechet_distance": frechet_distance(real, fake),
-              "frechet_distance_of_held_out": frechet_distance(real, features(classifier, data.test)),
-              "inception_score": inception_score(p), "precision": precision, "recall": recall,
-              "nearest_train_rms": nearest_neighbours(samples, data.train)[1].mean().item(),
-              "nearest_train_rms_of_held_out": nearest_neighbours(data.test, data.train)[1].mean().item()}
+    scores = {
+        "n": len(samples), "reference": f"{data.name}, training part, n = {len(data.train)}",
+        "sure": sure_share(p),
+        "classes": torch.bincount(p.argmax(1), minlength=p.shape[1]).tolist(),
+        "frechet_distance": frechet_distance(real, fake),
+        "frechet_distance_of_held_out": frechet_distance(real, features(classifier, data.test)),
+        "inception_score": inception_score(p), "precision": precision, "recall": recall,
+        "nearest_train_rms": nearest_neighbours(samples, data.train)[1].mean().item(),
+        "nearest_train_rms_of_held_out": nearest_neighbours(data.test, data.train)[1].mean().item()}
     return scores | inception_v3_scores(samples, data)
 
 
 @torch.no_grad()
 def inception_v3_scores(samples, data, batch_size=50):
-    """FID and Inception Score with torchvision's Inception v3 where its weights are in torch's hub cache.
+    """FID and Inception Score with torchvision's Inception v3 where its weights are in torch's hub
+    cache.
 
-    Empty where they are not; nothing is downloaded. The weights are torchvision's, not those of the TensorFlow
-    graph that published FIDs use, so small differences from published numbers are expected.
+    Empty where they are not; nothing is downloaded. The weights are torchvision's, not those of the
+    TensorFlow graph that published FIDs use, so small differences from published numbers are
+    expected.
     """
     from torchvision.models import Inception_V3_Weights, inception_v3
+
     name = Inception_V3_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
     file = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not file.exists():
@@ -189,7 +210,8 @@ def inception_v3_scores(samples, data, batch_size=50):
     network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     network.to(samples.device)
     pooled = []
-    network.avgpool.register_forward_hook(lambda _, __, out: pooled.append(out.flatten(1).double().cpu()))
+    network.avgpool.register_forward_hook(
+        lambda _, __, out: pooled.append(out.flatten(1).double().cpu()))
 
     def run(x):
         pooled.clear()

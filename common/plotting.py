@@ -1,17 +1,21 @@
-"""Drawing: grids of pictures with labels, curves, GIFs. What a figure shows is the script's business."""
+"""Drawing: grids of pictures with labels, curves, GIFs. What a figure shows is the script's
+business.
+"""
 
 import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt    # noqa: E402
-import numpy as np    # noqa: E402
-import torch    # noqa: E402
-from PIL import Image    # noqa: E402
-from torchvision.utils import make_grid    # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torchvision.utils import make_grid  # noqa: E402
 
-plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
-                     "figure.dpi": 110, "savefig.bbox": "tight", "axes.titlesize": 12})
+plt.rcParams.update(
+    {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110,
+     "savefig.bbox": "tight", "axes.titlesize": 12}
+)
 
 
 def to_rgb(x):
@@ -39,7 +43,9 @@ def save_grid(path, x, columns, title):
 
 
 def save_panels(path, panels, title, columns=4):
-    """Grids side by side. panels: list of (subtitle, images (B, C, H, W)), each `columns` pictures wide."""
+    """Grids side by side. panels: list of (subtitle, images (B, C, H, W)), each `columns` pictures
+    wide.
+    """
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 5.2), squeeze=False)
     for axis, (subtitle, x) in zip(axes[0], panels, strict=True):
         axis.imshow(grid(x, columns), interpolation="nearest")
@@ -66,14 +72,17 @@ def save_rows(path, rows, title, row_labels=None, column_labels=None, cell=0.95)
             if i == 0 and column_labels:
                 axis.set_title(column_labels[j], fontsize=10)
         if row_labels:
-            axes[i][0].set_ylabel(row_labels[i], rotation=0, ha="right", va="center", fontsize=11, labelpad=8)
+            axes[i][0].set_ylabel(
+                row_labels[i], rotation=0, ha="right", va="center", fontsize=11, labelpad=8)
     figure.suptitle(title, y=0.995, fontsize=12)
     figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.25 / (cell * len(rows) + 0.8)))
     finish(figure, path)
 
 
 def save_gif(path, frames, columns, captions, hold=12, milliseconds=80, scale=3):
-    """An animated GIF. frames: list of (B, C, H, W) in [-1, 1]; captions: one a frame; the last is held."""
+    """An animated GIF. frames: list of (B, C, H, W) in [-1, 1]; captions: one a frame; the last is
+    held.
+    """
     pictures = []
     for x, caption in zip(frames, captions, strict=True):
         picture = (grid(x, columns) * 255).round().astype(np.uint8)
@@ -89,6 +98,7 @@ def save_gif(path, frames, columns, captions, hold=12, milliseconds=80, scale=3)
 
 def _write(canvas, text):
     from PIL import ImageDraw
+
     ImageDraw.Draw(canvas).text((4, 4), text, fill="black")
 
 

@@ -1,4 +1,6 @@
-"""A run: its folder, log, metrics, checkpoint, progress bar, Ctrl-C; finding and loading checkpoints."""
+"""A run: its folder, log, metrics, checkpoint, progress bar, Ctrl-C; finding and loading
+checkpoints.
+"""
 
 import csv
 import dataclasses
@@ -14,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .cli import check, config_from, fail, merge_config
+from .cli import config_from, fail, merge_config
 from .data import ROOT
 from .device import random_state, seed_everything, set_random_state
 
@@ -41,7 +43,9 @@ class Run:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                fail("--tensorboard: the package tensorboard is not installed (pip install tensorboard)")
+                fail(
+                    "--tensorboard: tensorboard is not installed (pip install tensorboard)"
+                )
             self._board = SummaryWriter(self.folder / "tensorboard")
 
     def path(self, name):
@@ -68,7 +72,7 @@ class Run:
                 self._board.add_scalar(name, value, step)
 
     def read_log(self):
-        """log.csv as {column: list of floats}; empty where there is none (a run that only samples)."""
+        """log.csv as {column: list of floats}; empty where there is none."""
         if not self.path("log.csv").exists():
             return {}
         with open(self.path("log.csv")) as file:
@@ -101,8 +105,8 @@ class Run:
         if not self.launch.main:
             return
         state = {"format": FORMAT, "script": self.script, "seed": self.opts.seed, "step": step,
-                 "config": dataclasses.asdict(self.cfg),
-                 "optimizer": optimizer.state_dict(), "random": random_state(self.device), **extra,
+                 "config": dataclasses.asdict(self.cfg), "optimizer": optimizer.state_dict(),
+                 "random": random_state(self.device), **extra,
                  **{name: module.state_dict() for name, module in modules.items()}}
         scratch = self.path("checkpoint.pt.tmp")
         with open(scratch, "wb") as file:
@@ -110,7 +114,8 @@ class Run:
         os.replace(scratch, self.path("checkpoint.pt"))
 
     def steps(self, first, last):
-        """Iterate over first..last-1 with a progress bar; Ctrl-C ends the loop after the step under way.
+        """Iterate over first..last-1 with a progress bar; Ctrl-C ends the loop after the step under
+        way.
 
         A second Ctrl-C leaves the program at once with status 130. Under torchrun, which stops its
         processes itself, Ctrl-C is left alone.
@@ -134,6 +139,22 @@ class Run:
             os._exit(130)
         self.stopped = True
         tqdm.write("stopping: saving and sampling what there is (Ctrl-C again leaves at once)")
+
+    def report(self):
+        """Print the numbers of metrics.json that a person looks for first."""
+        found = self.read_metrics()
+        sampling, judged = found.get("sampling", {}), found.get("samples", {})
+        evaluation = found.get("evaluation", {})
+        facts = [
+            ("trained", found.get("train_seconds"), "{:.0f} s"),
+            ("sampled", sampling.get("seconds"), "{:.0f} s"),
+            ("samples the classifier is sure of", evaluation.get("sure", judged.get("sure")),
+             "{:.0%}"),
+            ("Fréchet distance in its features", evaluation.get("frechet_distance"), "{:.1f}"),
+            ("all in", found.get("total_seconds"), "{:.0f} s"),
+        ]
+        line = ", ".join(f"{name} {form.format(x)}" for name, x, form in facts if x is not None)
+        self.say(f"{line}; figures and metrics.json in {self.folder}")
 
     def say(self, text):
         """Print a line, from the main process only."""
@@ -164,7 +185,7 @@ def newest(out, scripts):
 
 
 def load_checkpoint(path, scripts):
-    """The dict in a checkpoint file (or in the run folder path), made by one of the named scripts."""
+    """The dict in a checkpoint file (or in a run folder), made by one of the named scripts."""
     path = Path(path)
     file = path / "checkpoint.pt" if path.is_dir() else path
     if not file.is_file():
@@ -185,9 +206,9 @@ def load_checkpoint(path, scripts):
 def start(script, Config, cfg, opts, launch, validate, reads=()):
     """Open the run that the command line asks for. Returns (cfg, run, state).
 
-    state is the checkpoint of --resume or --sample, else None. cfg is then the checkpoint's Config, which
-    only opts.free fields may depart from. reads: other scripts whose checkpoints --sample accepts.
-    validate(cfg) ends the program when a value is out of range.
+    state is the checkpoint of --resume or --sample, else None. cfg is then the checkpoint's Config,
+    which only opts.free fields may depart from. reads: other scripts whose checkpoints --sample
+    accepts. validate(cfg) ends the program when a value is out of range.
     """
     state, folder = None, None
     if opts.sample is not None:
@@ -209,7 +230,9 @@ def start(script, Config, cfg, opts, launch, validate, reads=()):
         opts.seed = state["seed"]
     if state is not None:
         stored = state["config"]
-        if state["script"] != script:    # the settings this script does not share keep their own values
+        if (
+            state["script"] != script
+        ):  # the settings this script does not share keep their own values
             stored = dataclasses.asdict(cfg) | {
                 k: v for k, v in stored.items() if k in vars(cfg) and k not in opts.free}
         cfg = merge_config(config_from(stored, Config, str(source)), opts, str(source))
@@ -230,7 +253,9 @@ def restore(module, weights, where="checkpoint"):
 
 
 def resume_training(state, model, ema, optimizer, run):
-    """Put a checkpoint back so that training goes on where it was. Returns the number of steps done."""
+    """Put a checkpoint back so that training goes on where it was. Returns the number of steps
+    done.
+    """
     restore(model, state["model"])
     restore(ema, state["ema"])
     try:
@@ -240,6 +265,3 @@ def resume_training(state, model, ema, optimizer, run):
     set_random_state(state["random"], run.device)
     run.trim_log(state["step"])
     return state["step"]
-
-
-__all__ = ["Run", "check", "load_checkpoint", "newest", "restore", "resume_training", "start"]
