@@ -23,6 +23,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -95,6 +96,8 @@ def validate(cfg):
           preview_every=">= 1")
     if not cfg.mults:
         fail("--mults: needs at least one number")
+    if cfg.channels % 2:
+        fail(f"--channels {cfg.channels}: must be even (the time embedding pairs sine and cosine)")
     if cfg.channels % cfg.groups:
         fail(f"--groups {cfg.groups}: must divide --channels {cfg.channels}")
     if any(cfg.channels * mult % cfg.heads for mult in cfg.mults):
@@ -138,8 +141,7 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
         betas = 1 - f[1:] / f[:-1]
     else:
         raise ValueError(f"schedule {kind!r}: must be linear or cosine")
-    betas = torch.cat(
-        [torch.zeros(1, dtype=torch.float64), betas.clamp(max=0.999)])  # betas[0] = 0: t = 0 is x_0
+    betas = F.pad(betas.clamp(max=0.999), (1, 0))  # betas[0] = 0: t = 0 is the clean image
     alphas = 1 - betas
     alpha_bars = alphas.cumprod(0)
     return Schedule(betas.float(), alphas.float(), alpha_bars.float())
@@ -192,18 +194,16 @@ def ddpm_loss(model, x0, schedule, t=None, eps=None):
 
 @torch.no_grad()
 def variational_bound(model, x0, schedule, variance="beta", clip_x0=True, ts=None):
-    """The terms of the variational bound of images x0: (B, C, H, W), 8-bit values scaled to [-1,
-    1].
+    """The terms of the variational bound of 8-bit images x0: (B, C, H, W) in [-1, 1].
 
     Returns {"L_0", "L_t": {t: value}, "L_T", "total"} in bits per dimension, averaged over the
     images. L_t[t] is the term L_{t-1} of Eq. 5, t = 2..T. ts: the t at which it is computed (all
-    when None); the rest of the sum is then estimated by its mean over ts. Source: Eq. 5, 8, 13.
+    when None); the sum then interpolates between them. Source: Eq. 5, 8, 13.
     """
     bits = 1 / math.log(2)
     alpha_bar_T = schedule.alpha_bars[-1]
-    L_T = (
-        0.5 * (alpha_bar_T * x0**2 - alpha_bar_T - torch.log1p(-alpha_bar_T)).mean().item() * bits
-    )  # Eq. 5
+    kl = 0.5 * (alpha_bar_T * x0**2 - alpha_bar_T - torch.log1p(-alpha_bar_T))  # Eq. 5, L_T
+    L_T = kl.mean().item() * bits
     every = range(2, schedule.T + 1)
     ts = every if ts is None else ts
     L_t = {}
@@ -221,7 +221,7 @@ def variational_bound(model, x0, schedule, variance="beta", clip_x0=True, ts=Non
     mean = predict_x0(
         model, x1, 1, schedule, clip_x0)  # beta_tilde_1 = 0: the posterior mean at t = 1 is x0_hat
     L_0 = -discrete_log_likelihood(x0, mean, schedule.betas[1].sqrt()).mean().item() * bits
-    rate = sum(L_t.values()) / max(len(L_t), 1) * len(every)
+    rate = float(np.interp(every, list(L_t), list(L_t.values())).sum()) if L_t else 0.0
     return {"L_0": L_0, "L_t": L_t, "L_T": L_T, "total": L_0 + rate + L_T}
 
 
@@ -229,10 +229,10 @@ def discrete_log_likelihood(x0, mean, sigma):
     """log of the Gaussian's mass in the bin of each 8-bit value x0 in [-1, 1], in nats, like x0.
     Source: Eq. 13.
     """
-    upper = torch.where(
-        x0 > 0.999, torch.inf, (x0 + 1 / 255 - mean) / sigma)  # delta_+ of Eq. 13, open at 1
-    lower = torch.where(
-        x0 < -0.999, -torch.inf, (x0 - 1 / 255 - mean) / sigma)  # delta_- of Eq. 13, open at -1
+    upper = (x0 + 1 / 255 - mean) / sigma  # delta_+ of Eq. 13, open at 1
+    lower = (x0 - 1 / 255 - mean) / sigma  # delta_- of Eq. 13, open at -1
+    upper = upper.masked_fill(x0 > 0.999, torch.inf)
+    lower = lower.masked_fill(x0 < -0.999, -torch.inf)
     flip = lower > 0  # the same mass from the lower tail, where it does not round to 1 - 1
     upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
     log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
@@ -384,15 +384,13 @@ class UNet(nn.Module):
         self.channels, self.patch, self.grad_checkpointing = channels, patch, grad_checkpointing
         self.multiple = patch * 2 ** (len(mults) - 1)
         time_dim = 4 * channels
-        self.time = nn.Sequential(
-            nn.Linear(channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.time = nn.Sequential(nn.Linear(channels, time_dim), nn.SiLU(),
+                                  nn.Linear(time_dim, time_dim))
 
         def stage(c_in, c_out):
-            attend = size in attention
-            return nn.ModuleList(
-                [ResBlock(c_in, c_out, time_dim, groups, dropout),
-                 Attention(c_out, heads, groups) if attend else nn.Identity()]
-            )
+            block = ResBlock(c_in, c_out, time_dim, groups, dropout)
+            attend = Attention(c_out, heads, groups) if size in attention else nn.Identity()
+            return nn.ModuleList([block, attend])
 
         c, size = channels, image_size // patch
         self.conv_in = nn.Conv2d(image_channels * patch**2, c, 3, padding=1)
@@ -417,9 +415,9 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), channels * mult))
                 c = channels * mult
             if level > 0:
-                self.up.append(Upsample(c, channels * mults[level - 1]))
-                c = channels * mults[level - 1]
-                size *= 2
+                narrow = channels * mults[level - 1] if patch > 1 else c  # departure 3
+                self.up.append(Upsample(c, narrow))
+                c, size = narrow, size * 2
         self.norm_out = nn.GroupNorm(groups, c)
         self.conv_out = zero_init(nn.Conv2d(c, image_channels * patch**2, 3, padding=1))
 
@@ -446,19 +444,14 @@ class UNet(nn.Module):
 
 
 def make_unet(cfg, shape, grad_checkpointing=False):
-    """The U-Net that cfg describes, for images of shape (C, H, W); a size that does not fit ends
-    the program.
-    """
+    """The U-Net that cfg describes, for images of shape (C, H, W); one that cannot be is fatal."""
     C, H, W = shape
     multiple = cfg.patch * 2 ** (len(cfg.mults) - 1)
     if H % multiple or W % multiple:
         low = H // multiple * multiple
         sizes = ", ".join(str(s) for s in (low, low + multiple) if s > 0)
-        fail(
-            f"--image_size {H}: must be a multiple of {multiple} (patch {cfg.patch}, "
-            f"{len(cfg.mults)} levels); "
-            f"nearest sizes that work: {sizes}"
-        )
+        fail(f"--image_size {H}: must be a multiple of {multiple} (patch {cfg.patch}, "
+             f"{len(cfg.mults)} levels); nearest sizes that work: {sizes}")
     return UNet(C, H, cfg.channels, cfg.mults, cfg.blocks, cfg.attention, cfg.heads, cfg.groups,
                 cfg.dropout, cfg.patch, grad_checkpointing)
 
@@ -487,13 +480,13 @@ class EMA:
 def learning_rate(cfg, step):
     """Linear warm-up over cfg.warmup steps, then constant or a cosine to zero at cfg.steps."""
     rate = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
-    return (
-        rate * 0.5 * (1 + math.cos(math.pi * step / cfg.steps)) if cfg.decay == "cosine" else rate)
+    if cfg.decay == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
+    return rate
 
 
 def train(cfg, run, data=None, state=None):
-    """Algorithm 1. Returns the averaged (EMA) model in eval mode; writes log.csv, previews and the
-    checkpoint.
+    """Algorithm 1. Returns the averaged (EMA) model in eval mode; writes log and checkpoint.
 
     data: common.data.Data (loaded from cfg.dataset when None); state: a checkpoint to go on from.
     Ends the program, naming the step, if the loss stops being finite; the last good checkpoint
@@ -503,17 +496,15 @@ def train(cfg, run, data=None, state=None):
     data = load_images(cfg.dataset, cfg.image_size).to(device) if data is None else data
     shape = data.train.shape[1:]
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(device)
-    model = make_unet(cfg, shape, opts.grad_checkpointing).to(
-        device, memory_format=torch.channels_last)
+    model = make_unet(cfg, shape, opts.grad_checkpointing)
+    model = model.to(device, memory_format=torch.channels_last)
     ema = EMA(model, cfg.ema)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay,
+                                  fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=opts.amp == "fp16")
     first = resume_training(state, model, ema.model, optimizer, run) if state else 0
     if cfg.batch_size % run.launch.world:
-        fail(
-            f"--batch_size {cfg.batch_size}: must be a multiple of the {run.launch.world} processes"
-        )
+        fail(f"--batch_size {cfg.batch_size}: must be a multiple of {run.launch.world} processes")
     network = torch.compile(model) if opts.compile else model
     parameters = list(model.parameters())
     core, start_time, done, saved = Stopwatch(device), time.perf_counter(), first, first
@@ -543,11 +534,8 @@ def train(cfg, run, data=None, state=None):
             run.launch.average([p.grad for p in parameters] + [loss.detach()])
             value = loss.item()
             if not math.isfinite(value):
-                fail(
-                    f"the loss is {value} at step {step + 1}: training stopped, "
-                    f"--lr {cfg.lr:g} may be too high; "
-                    f"the last good checkpoint is that of step {saved} in {run.folder}"
-                )
+                fail(f"the loss is {value} at step {step + 1}, --lr {cfg.lr:g} may be too high; "
+                     f"the last good checkpoint is that of step {saved} in {run.folder}")
             norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
             scaler.step(optimizer)
             scaler.update()
@@ -687,27 +675,11 @@ def figure_bound(run, bound):
     axis.plot(list(bound["L_t"]), list(bound["L_t"].values()), marker=".", label=r"$L_{t-1}$, rate")
     axis.scatter([1], [bound["L_0"]], color="C3", zorder=3, label=r"$L_0$, distortion")
     axis.set(xlabel="t", ylabel="bits / dimension", xscale="log", yscale="log",
-             title=f"The variational bound (Eq. 5) sums to {bound['total']:.2f} bits/dim")
+             title=f"The variational bound sums to {bound['total']:.2f} bits/dim\n"
+                   f"(Eq. 5, computed at {len(bound['L_t']) + 1} values of t)")
     axis.legend(frameon=False)
     figure.tight_layout()
     plotting.finish(figure, run.path("bound.png"))
-
-
-def measure_bound(cfg, model, data, schedule, ts, n):
-    """The variational bound on n held-out pictures with each variance; rate and distortion as in
-    Sec. 4.3.
-    """
-    found = {}
-    for variance in ("beta", "beta_tilde"):
-        bound = variational_bound(model, data.test[:n], schedule, variance, cfg.clip_x0, ts)
-        found[variance] = bound
-    bound = found[cfg.variance]
-    summary = {"images": n, "t_used": len(bound["L_t"]), "variance": cfg.variance,
-               "total": bound["total"],
-               "total_by_variance": {k: v["total"] for k, v in found.items()},
-               "rate": bound["total"] - bound["L_0"], "distortion": bound["L_0"],
-               "L_T": bound["L_T"]}
-    return bound, summary
 
 
 def draw(cfg, run, model, shape, schedule, n, keep=(), batch_size=100):
@@ -738,15 +710,17 @@ def main(argv=None):
     cfg, opts = parse_args(Config, PRESETS, argv, SAMPLING)
     validate(cfg)
     place = launch(opts.device)
-    autocast(place.device, opts.amp)
+    autocast(place.device, opts.amp)  # refuses what this device cannot do, before anything is made
     cfg, run, state = start("ddpm", Config, cfg, opts, place, validate)
     data = load_images(cfg.dataset, cfg.image_size).to(place.device)
+    if opts.evaluate and data.train_labels is None:
+        fail(f"--evaluate {opts.evaluate}: --dataset {cfg.dataset} has no labels to score by")
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(place.device)
     if opts.sample is None:
         model = train(cfg, run, data, state)
     else:
-        model = (make_unet(cfg, state["shape"]) .to(place.device, memory_format=torch.channels_last)
-                 .eval())
+        model = make_unet(cfg, state["shape"]).eval()
+        model = model.to(place.device, memory_format=torch.channels_last)
         restore(model, state["ema"])
     if not place.main:
         return
@@ -763,34 +737,26 @@ def main(argv=None):
     figure_denoising(run, model, kept, samples, schedule, cfg)
     classifier, judged = metrics.load_classifier(data)
     distance = metrics.nearest_neighbours(samples, data.train)[1]
-    run.add_metrics(
-        samples={
-            "nearest_train_rms_mean": distance.mean().item(),
-            "nearest_train_rms_min": distance.min().item(),
-            **(
-                {"sure": metrics.sure_share(metrics.probabilities(classifier, samples)),
-                 "classifier": judged}
-                if classifier
-                else {}
-            ),
-        }
-    )
-    if data.train.shape[1] in (1, 3) and cfg.T > 1:
-        strided = [2 + (cfg.T - 2) * i // 49 for i in range(50)]
-        ts = None if opts.evaluate or cfg.T <= 50 else strided
-        bound, summary = measure_bound(
-            cfg, model, data, schedule, ts, min(200 if opts.evaluate else 50, len(data.test)))
-        figure_bound(run, bound)
-        run.add_metrics(bits_per_dim=summary)
+    found = {"nearest_train_rms_mean": distance.mean().item(),
+             "nearest_train_rms_min": distance.min().item()}
+    if classifier:
+        found |= {"sure": metrics.sure_share(metrics.probabilities(classifier, samples)),
+                  "classifier": judged}
+    run.add_metrics(samples=found)
+    strided = sorted({round(2 * (cfg.T / 2) ** (i / 49)) for i in range(50)} & set(range(2, cfg.T)))
+    x0 = data.test[:100 if opts.evaluate else 50]
+    bound = variational_bound(model, x0, schedule, cfg.variance, cfg.clip_x0,
+                              None if opts.evaluate or cfg.T <= 50 else strided)
+    figure_bound(run, bound)
+    run.add_metrics(bits_per_dim={  # rate and distortion as in Sec. 4.3
+        "images": len(x0), "t_used": len(bound["L_t"]) + 1, "variance": cfg.variance,
+        "total": bound["total"], "rate": bound["total"] - bound["L_0"], "distortion": bound["L_0"],
+        "L_T": bound["L_T"]})
     if opts.evaluate:
-        if classifier is None:
-            fail(
-                f"--evaluate {opts.evaluate}: --dataset {cfg.dataset} has no labels for a classifier"
-            )
         many, _, timing = draw(cfg, run, model, shape, schedule, opts.evaluate)
         run.add_metrics(evaluation=metrics.quality(many, data, classifier) | timing)
-        plotting.save_grid(
-            run.path("evaluated.png"), many[:100], 10, f"The first 100 of {len(many)} samples")
+        plotting.save_grid(run.path("evaluated.png"), many[:100], 10,
+                           f"The first {min(100, len(many))} of {len(many)} samples")
     run.add_metrics(config=asdict(cfg), total_seconds=time.perf_counter() - begin,
                     peak_memory_mb=peak_memory_mb(place.device))
     run.report()

@@ -79,7 +79,7 @@ def load_points(name, n=20000, seed=0):
 
     if name == "swiss_roll":
         x = datasets.make_swiss_roll(n, noise=0.5, random_state=seed)[0][:, [0, 2]]
-        x = (x - np.array([2.0, 4.7])) / 7.0
+        x = (x - np.array([2.0, 0.3])) / 7.0
     elif name == "two_moons":
         x = (
             datasets.make_moons(n, noise=0.06, random_state=seed)[0] - np.array([0.5, 0.25])) / 0.75

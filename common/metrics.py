@@ -53,16 +53,18 @@ def load_classifier(data, epochs=12, cache=CACHE):
     device, shape = data.train.device, data.train.shape
     name = data.name.replace(":", "_").replace("/", "_")
     file = Path(cache) / f"classifier_{name}_{shape[-1]}.pt"
-    classifier = Classifier(shape[1], len(data.classes)).to(device)
-    if not _read(classifier, file, data):
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(2024)
+        classifier = Classifier(shape[1], len(data.classes)).to(device)
+        if not _read(classifier, file, data):
             torch.manual_seed(2024)
             classifier = Classifier(shape[1], len(data.classes)).to(device)
             _train(classifier, data, epochs)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(f".{os.getpid()}.tmp")
-        torch.save({"weights": classifier.state_dict(), "reference": _fingerprint(data)}, scratch)
-        os.replace(scratch, file)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            scratch = file.with_suffix(f".{os.getpid()}.tmp")
+            torch.save({"weights": classifier.state_dict(), "reference": _fingerprint(data)},
+                       scratch)
+            os.replace(scratch, file)
     classifier.eval().requires_grad_(False)
     p = probabilities(classifier, data.test)
     return classifier, {"accuracy": (p.argmax(1) == data.test_labels).float().mean().item(),

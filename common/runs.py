@@ -6,11 +6,9 @@ import csv
 import dataclasses
 import json
 import os
-import pickle
 import signal
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import torch
@@ -26,27 +24,29 @@ FORMAT = "diffusion-examples-1"
 class Run:
     """One run folder outputs/<script>/<date-time>/ and what is written to it.
 
-    Only the main process writes; in the others every method that writes does nothing.
+    Only the main process writes; in the others every method that writes does nothing and folder
+    is None.
     """
 
     def __init__(self, script, cfg, opts, launch, folder=None):
         self.script, self.cfg, self.opts, self.launch = script, cfg, opts, launch
         self.device, self.stopped = launch.device, False
-        self.folder, self._board = folder, None
-        if not launch.main:
-            return
-        self.folder = folder or _new_folder(Path(opts.out) / script)
-        if folder is None:
-            stored = {"script": script, "seed": opts.seed, "config": dataclasses.asdict(cfg)}
-            self._write_text("config.json", json.dumps(stored, indent=2))
-        if opts.tensorboard:
+        self._folder, self._log, self._board = folder, None, None
+        if opts.tensorboard and launch.main:
             try:
-                from torch.utils.tensorboard import SummaryWriter
+                import torch.utils.tensorboard  # noqa: F401
             except ImportError:
-                fail(
-                    "--tensorboard: tensorboard is not installed (pip install tensorboard)"
-                )
-            self._board = SummaryWriter(self.folder / "tensorboard")
+                fail("--tensorboard: tensorboard is not installed (pip install tensorboard)")
+
+    @property
+    def folder(self):
+        """The run folder, made when first asked for: a mistake found earlier leaves nothing."""
+        if self._folder is None and self.launch.main:
+            self._folder = _new_folder(Path(self.opts.out) / self.script)
+            config = {"script": self.script, "seed": self.opts.seed,
+                      "config": dataclasses.asdict(self.cfg)}
+            self._write_text("config.json", json.dumps(config, indent=2))
+        return self._folder
 
     def path(self, name):
         """Where a file of this run lies."""
@@ -61,18 +61,27 @@ class Run:
         """Append one row to log.csv (and to TensorBoard when asked for)."""
         if not self.launch.main:
             return
-        new = not self.path("log.csv").exists()
-        with open(self.path("log.csv"), "a", newline="") as file:
-            writer = csv.writer(file)
+        if self._log is None:
+            new = not self.path("log.csv").exists()
+            self._log = open(self.path("log.csv"), "a", newline="")
             if new:
-                writer.writerow(["step", *values])
-            writer.writerow([step, *values.values()])
-        if self._board:
+                csv.writer(self._log).writerow(["step", *values])
+        csv.writer(self._log).writerow([step, *values.values()])
+        if self.opts.tensorboard:
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter
+                self._board = SummaryWriter(self.path("tensorboard"))
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
+    def flush_log(self):
+        """Put the rows logged so far on disk."""
+        if self._log is not None:
+            self._log.flush()
+
     def read_log(self):
         """log.csv as {column: list of floats}; empty where there is none."""
+        self.flush_log()
         if not self.path("log.csv").exists():
             return {}
         with open(self.path("log.csv")) as file:
@@ -108,6 +117,7 @@ class Run:
                  "config": dataclasses.asdict(self.cfg), "optimizer": optimizer.state_dict(),
                  "random": random_state(self.device), **extra,
                  **{name: module.state_dict() for name, module in modules.items()}}
+        self.flush_log()
         scratch = self.path("checkpoint.pt.tmp")
         with open(scratch, "wb") as file:
             torch.save(state, file)
@@ -192,11 +202,13 @@ def load_checkpoint(path, scripts):
         fail(f"{file}: no such checkpoint")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile):
+    except Exception:  # a foreign file makes torch.load raise any of a dozen kinds
         fail(f"{file}: truncated, or not a checkpoint of plain tensors")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         fail(f"{file}: not a checkpoint of this collection")
+    missing = {"script", "seed", "step", "config", "ema"} - set(state)
+    if missing:
+        fail(f"{file}: incomplete, lacks {', '.join(sorted(missing))}")
     if state["script"] not in scripts:
         fail(f"{file}: made by {state['script']}_example.py, this script reads "
              f"{' or '.join(f'{s}_example.py' for s in scripts)}")
@@ -225,7 +237,7 @@ def start(script, Config, cfg, opts, launch, validate, reads=()):
             fail(f"--resume: no run of {script} under {opts.out}")
         folder = Path(source).parent if Path(source).is_file() else Path(source)
         state = load_checkpoint(folder, (script,))
-        if "optimizer" not in state:
+        if not {"optimizer", "model", "random"} <= set(state):
             fail(f"--resume {source}: holds no optimiser state, it can only be sampled from")
         opts.seed = state["seed"]
     if state is not None:
