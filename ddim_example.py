@@ -9,6 +9,7 @@ ddpm_example.py word for word, and `diff ddpm_example.py ddim_example.py` reads 
 Implemented here: generalised steps (Eq. 12, 16) from DDIM (eta = 0) to DDPM (eta = 1), the larger
 variance of App. D.3, sub-sequences tau (Sec. 4.2, App. D.2), encoding by the ODE run forwards
 (Eq. 13, 14) and spherical interpolation (App. D.5). The paper writes alpha_t for alpha_bars[t].
+Tags in the parts shared with ddpm_example.py are those of the DDPM paper.
 
 Departures from the paper: those of ddpm_example.py, and tau always ends in T, so that sampling
 starts from the noise level it was trained on.
@@ -103,6 +104,8 @@ def validate(cfg):
         fail(f"--eta {cfg.eta}: must be 1 with --sigma_hat (App. D.3)")
     if not cfg.mults:
         fail("--mults: needs at least one number")
+    if cfg.channels % 2:
+        fail(f"--channels {cfg.channels}: must be even (the time embedding pairs sine and cosine)")
     if cfg.channels % cfg.groups:
         fail(f"--groups {cfg.groups}: must divide --channels {cfg.channels}")
     if any(cfg.channels * mult % cfg.heads for mult in cfg.mults):
@@ -390,9 +393,9 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), channels * mult))
                 c = channels * mult
             if level > 0:
-                self.up.append(Upsample(c, channels * mults[level - 1]))
-                c = channels * mults[level - 1]
-                size *= 2
+                narrow = channels * mults[level - 1] if patch > 1 else c  # departure 3
+                self.up.append(Upsample(c, narrow))
+                c, size = narrow, size * 2
         self.norm_out = nn.GroupNorm(groups, c)
         self.conv_out = zero_init(nn.Conv2d(c, image_channels * patch**2, 3, padding=1))
 
@@ -649,8 +652,6 @@ def figure_loss(run):
 def evaluate(run, model, schedule, cfg, data, n, batch_size=100):
     """quality.png: Fréchet distance against S for eta = 0, 1 and sigma_hat: Table 1 in small."""
     classifier, _ = metrics.load_classifier(data)
-    if classifier is None:
-        fail(f"--evaluate {n}: --dataset {cfg.dataset} has no labels to score by")
     rows = {"DDIM, eta = 0": {"eta": 0.0, "sigma_hat": False},
             "DDPM, eta = 1": {"eta": 1.0, "sigma_hat": False},
             "DDPM, sigma_hat": {"eta": 1.0, "sigma_hat": True}}
@@ -689,6 +690,8 @@ def main(argv=None):
     autocast(place.device, opts.amp)  # refuses what this device cannot do, before anything is made
     cfg, run, state = start("ddim", Config, cfg, opts, place, validate, reads=("ddpm",))
     data = load_images(cfg.dataset, cfg.image_size).to(place.device)
+    if opts.evaluate and data.train_labels is None:
+        fail(f"--evaluate {opts.evaluate}: --dataset {cfg.dataset} has no labels to score by")
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(place.device)
     if opts.sample is None:
         model = train(cfg, run, data, state)

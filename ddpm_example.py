@@ -663,7 +663,7 @@ def figure_denoising(run, model, kept, x0, schedule, cfg):
     plotting.save_rows(run.path("denoising.png"), rows,
                        "From noise to a picture, and what the network takes it for", labels,
                        [f"t = {t}" for t in picks] + ["sample"])
-    n = min(36, len(x0))
+    n = min(16, len(x0))
     frames = [kept[t][:n] for t in ts] + [x0[:n]]
     plotting.save_gif(run.path("denoising.gif"), frames, max(1, math.isqrt(n)),
                       [f"t = {t}" for t in ts] + ["t = 0"])
@@ -726,7 +726,7 @@ def main(argv=None):
         return
     run.say(f"writing to {run.folder}")
     shape = tuple(data.train.shape[1:])
-    keep = {max(1, round(cfg.T * (1 - i / 40))) for i in range(40)}
+    keep = {max(1, round(cfg.T * (1 - i / 32))) for i in range(32)}
     samples, kept, timing = draw(cfg, run, model, shape, schedule, cfg.n_samples, keep)
     run.add_metrics(sampling=timing | {"n": cfg.n_samples, "network_calls": cfg.T})
 

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ KERNELS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 def fail(message):
     """End the program with one line on standard error and exit status 2 for a user's mistake."""
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun every process finds the mistake
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

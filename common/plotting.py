@@ -79,7 +79,7 @@ def save_rows(path, rows, title, row_labels=None, column_labels=None, cell=0.95)
     finish(figure, path)
 
 
-def save_gif(path, frames, columns, captions, hold=12, milliseconds=80, scale=3):
+def save_gif(path, frames, columns, captions, hold=12, milliseconds=80, scale=4):
     """An animated GIF. frames: list of (B, C, H, W) in [-1, 1]; captions: one a frame; the last is
     held.
     """
@@ -91,7 +91,7 @@ def save_gif(path, frames, columns, captions, hold=12, milliseconds=80, scale=3)
         canvas = Image.new("RGB", (picture.width, picture.height + 22), "white")
         canvas.paste(picture, (0, 22))
         _write(canvas, caption)
-        pictures.append(canvas.quantize(64))
+        pictures.append(canvas.quantize(32))
     pictures += [pictures[-1]] * hold
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
 

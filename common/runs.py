@@ -54,7 +54,7 @@ class Run:
 
     def _write_text(self, name, text):
         scratch = self.path(name + ".tmp")
-        scratch.write_text(text)
+        scratch.write_text(text, newline="\n")
         os.replace(scratch, self.path(name))
 
     def log(self, step, **values):
@@ -65,8 +65,8 @@ class Run:
             new = not self.path("log.csv").exists()
             self._log = open(self.path("log.csv"), "a", newline="")
             if new:
-                csv.writer(self._log).writerow(["step", *values])
-        csv.writer(self._log).writerow([step, *values.values()])
+                csv.writer(self._log, lineterminator="\n").writerow(["step", *values])
+        csv.writer(self._log, lineterminator="\n").writerow([step, *values.values()])
         if self.opts.tensorboard:
             if self._board is None:
                 from torch.utils.tensorboard import SummaryWriter
@@ -90,6 +90,9 @@ class Run:
 
     def trim_log(self, step):
         """Drop the rows after step: a resumed run writes them again."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
         if not self.launch.main or not self.path("log.csv").exists():
             return
         lines = self.path("log.csv").read_text().splitlines(keepends=True)
@@ -120,7 +123,7 @@ class Run:
         self.flush_log()
         scratch = self.path("checkpoint.pt.tmp")
         with open(scratch, "wb") as file:
-            torch.save(state, file)
+            torch.save(_anew(state), file)
         os.replace(scratch, self.path("checkpoint.pt"))
 
     def steps(self, first, last):
@@ -170,6 +173,19 @@ class Run:
         """Print a line, from the main process only."""
         if self.launch.main:
             tqdm.write(text)
+
+
+def _anew(value):
+    """The same value in new containers, its strings interned: equal values then pickle to equal
+    bytes, so that a resumed run can end with the very file of one that never stopped.
+    """
+    if isinstance(value, str):
+        return sys.intern(value)
+    if isinstance(value, dict):
+        return {_anew(k): _anew(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_anew, value))
+    return value
 
 
 def _new_folder(parent):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import run_script
 from torch.testing import assert_close
 
 import ddim_example as ddim
@@ -233,10 +234,10 @@ def test_mistakes_end_in_one_line(argv, word, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_samples_a_ddpm_checkpoint_without_training(tmp_path, script):
-    script("ddpm_example.py", "--preset", "smoke", "--out", tmp_path)
-    script("ddim_example.py", "--sample", "--S", "7", "--out", tmp_path, "--preset", "smoke",
-           "--evaluate", "12")
+def test_samples_a_ddpm_checkpoint_without_training(tmp_path):
+    run_script("ddpm_example.py", "--preset", "smoke", "--out", str(tmp_path), cwd=tmp_path)
+    run_script("ddim_example.py", "--sample", "--S", "7", "--out", str(tmp_path), "--preset",
+               "smoke", "--evaluate", "12", cwd=tmp_path)
     folder = next((tmp_path / "ddim").iterdir())
     assert not (folder / "checkpoint.pt").exists() and not (folder / "log.csv").exists()
     for name in ("samples", "steps", "eta", "interpolation", "reconstruction", "quality"):

@@ -13,7 +13,13 @@ SCRIPTS = sorted(ROOT.glob("*_example.py"))
 # Each script's own, alike in shape only: they name the script's settings, run and figures.
 OWN = {"Config", "validate", "main", "train", "sample", "draw", "evaluate"}
 # (a script, another, name): (most changed lines, why the texts differ)
-EXCEPTIONS = {}
+EXCEPTIONS = {
+    ("conditional", other, name): (cap, reason)
+    for other in ("ddim", "ddpm", "latent")
+    for name, cap, reason in (
+        ("ResBlock", 11, "adaptive group norm scales and shifts by time and class (ADM Sec. 3.1)"),
+        ("UNet", 13, "class embedding and null class join the time embedding"))
+}
 
 
 def definitions(path):

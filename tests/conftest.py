@@ -1,0 +1,158 @@
+"""What the tests share: exact answers to stand in for the network, and ways to run a script."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # the tensors here are small, and two test runs may share a machine
+
+
+class ExactEps:
+    """The best possible noise prediction E[eps | x_t] where x_0 is a mixture of Gaussians.
+
+    weights: K numbers; means: (K, D); covs: (K, D, D); alpha_bars: (T+1,). It is called like the
+    network: x (B, C, H, W) with C*H*W = D, t int64 of shape (B,) -> like x. With y, int64 of shape
+    (B,), the data of sample b is component y[b] alone; y = K is the null class, the whole mixture.
+    eps* = -sqrt(1 - alpha_bar) * grad log p_t(x_t), p_t the mixture of
+    N(sqrt(alpha_bar) mean_k, alpha_bar cov_k + (1 - alpha_bar) I).
+    """
+
+    def __init__(self, alpha_bars, weights, means, covs):
+        self.alpha_bars = alpha_bars.double()
+        self.weights = torch.as_tensor(weights, dtype=torch.float64)
+        self.weights = self.weights / self.weights.sum()
+        self.means = torch.as_tensor(means, dtype=torch.float64)
+        self.covs = torch.as_tensor(covs, dtype=torch.float64)
+
+    def __call__(self, x, t, y=None):
+        assert t.shape == (len(x),) and t.dtype == torch.int64
+        out = torch.empty_like(x)
+        for value in t.unique().tolist():  # samplers call with one t, losses with several
+            rows = t == value
+            out[rows] = self._at(x[rows], value, None if y is None else y[rows])
+        return out
+
+    def _at(self, x, t, y):
+        alpha_bar, flat = self.alpha_bars[t], x.flatten(1).double()
+        if alpha_bar == 1:
+            return torch.zeros_like(x)
+        eye = torch.eye(flat.shape[1], dtype=torch.float64)
+        cov = alpha_bar * self.covs + (1 - alpha_bar) * eye  # (K, D, D)
+        gap = flat[:, None] - alpha_bar.sqrt() * self.means  # (B, K, D)
+        solved = torch.linalg.solve(cov, gap[..., None])[..., 0]
+        log_p = self.weights.log() - 0.5 * ((gap * solved).sum(-1) + torch.logdet(cov))
+        share = log_p.softmax(1)  # p(component | x_t), (B, K)
+        if y is not None:
+            one = torch.nn.functional.one_hot(y, len(self.weights) + 1)[:, :-1].double()
+            share = torch.where((y < len(self.weights))[:, None], one, share)
+        return ((1 - alpha_bar).sqrt() * (share[..., None] * solved).sum(1)).view_as(x).to(x.dtype)
+
+    def moments(self):
+        """Mean (D,) and covariance (D, D) of x_0."""
+        mean = self.weights @ self.means
+        gap = self.means - mean
+        outer = gap[:, :, None] * gap[:, None, :]
+        return mean, (self.weights[:, None, None] * (self.covs + outer)).sum(0)
+
+    def draw(self, n, generator=None):
+        """n samples of x_0 as (n, D, 1, 1) float32, and their components (n,)."""
+        y = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        z = torch.randn(n, self.means.shape[1], 1, dtype=torch.float64, generator=generator)
+        x = self.means[y] + (torch.linalg.cholesky(self.covs)[y] @ z)[..., 0]
+        return x.float()[:, :, None, None], y
+
+    def nearest(self, x):
+        """Share of x (B, D, 1, 1) closest to each mean: the weights of well-separated modes."""
+        which = torch.cdist(x.flatten(1).double(), self.means).argmin(1)
+        return torch.bincount(which, minlength=len(self.means)).double() / len(x)
+
+
+def gaussian_eps(alpha_bars, mean=(0.6, -0.3), cov=((0.50, 0.20), (0.20, 0.25))):
+    """ExactEps of one Gaussian: 2-D and correlated unless said otherwise."""
+    return ExactEps(alpha_bars, [1.0], [mean], [cov])
+
+
+def mixture_eps(alpha_bars):
+    """ExactEps of three well-separated 2-D modes of unequal weight, width and orientation."""
+    return ExactEps(alpha_bars, [0.5, 0.3, 0.2], [[-1.2, 0.0], [1.0, 0.9], [0.9, -1.1]],
+                    [[[0.02, 0.0], [0.0, 0.06]], [[0.04, 0.02], [0.02, 0.04]],
+                     [[0.05, 0.0], [0.0, 0.02]]])
+
+
+def mean_and_cov(x):
+    """Sample mean (D,) and covariance (D, D) of x (B, D, 1, 1), float64."""
+    flat = x.flatten(1).double()
+    return flat.mean(0), torch.cov(flat.T)
+
+
+def environment():
+    """The environment of a script's process: one thread, nothing of an outer torchrun."""
+    kept = {k: v for k, v in os.environ.items()
+            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    return kept | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+
+
+def run_script(script, *argv, cwd, processes=0, timeout=300):
+    """Run a script to its end in a process of its own, under torchrun where processes is not 0."""
+    how = [sys.executable]
+    if processes:
+        how += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*how, str(ROOT / script), *map(str, argv)], cwd=cwd, env=environment(),
+                          capture_output=True, text=True, timeout=timeout)
+
+
+def start_script(script, *argv, cwd):
+    """Start a script without waiting; its SIGINT is the terminal's Ctrl-C."""
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, argv)], cwd=cwd,
+                            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
+
+
+def only_run(out, script):
+    """The one run folder of a script under out."""
+    folders = sorted((Path(out) / script).iterdir())
+    assert len(folders) == 1, folders
+    return folders[0]
+
+
+def open_picture(path):
+    """The decoded frames of a picture file as uint8 arrays; a picture of one colour fails."""
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as picture:
+        frames = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(picture)]
+    assert min(frames[0].shape[:2]) > 20 and all(f.std() > 1 for f in frames), path
+    return frames
+
+
+def assert_same_tree(a, b, where="checkpoint"):
+    """Two nested structures of dicts, lists, tensors and plain values are equal to the last bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same_tree(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_tree(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=lambda m: f"{where}: {m}")
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(autouse=True)
+def _quiet_state():
+    """Each test draws from the same seed, and a Ctrl-C handler left by a run is taken away."""
+    torch.manual_seed(0)
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -1,0 +1,514 @@
+"""The mathematics and the network of ddpm_example.py, against closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ExactEps, gaussian_eps, mean_and_cov, mixture_eps
+from scipy import stats
+from torch import nn
+from torch.testing import assert_close
+
+import ddpm_example as ddpm
+
+ONE, ZERO = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+KINDS = ("linear", "cosine")
+
+
+# Forward process
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [2, 5, 10, 100, 1000, 4000])
+def test_schedule_is_indexed_like_the_paper_and_ends_in_noise(kind, T):
+    schedule = ddpm.make_schedule(kind, T)
+    for array in (schedule.betas, schedule.alphas, schedule.alpha_bars):
+        assert array.shape == (T + 1,) and array.dtype == torch.float32
+    assert schedule.T == T
+    assert schedule.betas[0] == 0 and schedule.alphas[0] == 1 and schedule.alpha_bars[0] == 1
+    assert (schedule.betas[1:] > 0).all() and schedule.betas.max() <= 0.9991
+    assert (schedule.alpha_bars.diff() < 0).all()
+    assert schedule.alpha_bars[-1] < (1e-4 if T >= 5 else 2e-3)
+    # alpha_bars is the product of the betas as they are after capping, not of the formula's
+    assert_close(schedule.alphas, 1 - schedule.betas)
+    product = (1 - schedule.betas.double()).cumprod(0).float()
+    assert_close(schedule.alpha_bars, product, rtol=2e-3, atol=1e-7)
+
+
+def test_linear_schedule_has_the_values_of_the_paper():
+    betas = ddpm.make_schedule("linear", 1000).betas[1:]
+    assert_close(betas, torch.linspace(1e-4, 0.02, 1000))
+    assert_close(ddpm.make_schedule("linear", 1000).alpha_bars[-1].item(), 4.0358e-5, rtol=1e-3,
+                 atol=0)
+
+
+def test_linear_schedule_is_rescaled_for_another_number_of_steps():
+    full, tenth = ddpm.make_schedule("linear", 1000), ddpm.make_schedule("linear", 100)
+    assert_close(tenth.betas[1:], torch.linspace(1e-3, 0.2, 100))
+    for share in (0.1, 0.3, 0.5):  # so alpha_bar is about the same function of t / T
+        a, b = full.alpha_bars[int(1000 * share)], tenth.alpha_bars[int(100 * share)]
+        assert_close(a, b, rtol=0.12, atol=0)
+    assert ddpm.make_schedule("linear", 10).betas.max().item() == pytest.approx(0.999)
+
+
+def test_cosine_schedule_is_that_of_nichol_and_dhariwal():
+    T = 1000
+    schedule = ddpm.make_schedule("cosine", T)
+    f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+    assert_close(schedule.alpha_bars[:-1], torch.from_numpy(f / f[0]).float()[:-1], rtol=1e-4,
+                 atol=1e-7)
+    assert schedule.betas[-1].item() == pytest.approx(0.999)
+    assert_close(schedule.alpha_bars[-1], 0.001 * schedule.alpha_bars[-2], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [10, 1000])
+def test_iterating_eq_2_gives_eq_4(kind, T):
+    schedule = ddpm.make_schedule(kind, T)
+    scale, variance = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    for t in range(1, T + 1):  # the maps are linear: their two coefficients say everything
+        scale = ddpm.q_step(scale, t, ZERO, schedule)
+        keep, add = ddpm.q_step(ONE, t, ZERO, schedule), ddpm.q_step(ZERO, t, ONE, schedule)
+        variance = keep**2 * variance + add**2
+        assert_close(ddpm.q_sample(ONE, t, ZERO, schedule.alpha_bars), scale, rtol=1e-3, atol=1e-5)
+        assert_close(ddpm.q_sample(ZERO, t, ONE, schedule.alpha_bars) ** 2, variance, rtol=1e-3,
+                     atol=1e-5)
+
+
+def test_q_sample_takes_one_t_or_one_a_picture_and_0_is_clean():
+    schedule = ddpm.make_schedule("linear", 20)
+    x0, eps = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    many = ddpm.q_sample(x0, torch.tensor([0, 7, 20]), eps, schedule.alpha_bars)
+    for i, t in enumerate((0, 7, 20)):
+        assert_close(many[i : i + 1], ddpm.q_sample(x0[i : i + 1], t, eps[i : i + 1],
+                                                    schedule.alpha_bars))
+    assert_close(many[0], x0[0])
+
+
+@pytest.mark.parametrize("t", [2, 3, 6, 10])
+def test_q_posterior_is_the_normalised_product_of_two_gaussians(t):
+    schedule = ddpm.make_schedule("linear", 10)
+    x0, xt = 0.7, -0.4
+    beta, alpha_bar_prev = schedule.betas[t].item(), schedule.alpha_bars[t - 1].item()
+    grid = np.linspace(-9, 9, 400_001)
+    density = (stats.norm.pdf(xt, math.sqrt(1 - beta) * grid, math.sqrt(beta))
+               * stats.norm.pdf(grid, math.sqrt(alpha_bar_prev) * x0, math.sqrt(1 - alpha_bar_prev))
+               )
+    density /= density.sum()
+    mean = (density * grid).sum()
+    variance = (density * (grid - mean) ** 2).sum()
+    found_mean, found_variance = ddpm.q_posterior(x0 * ONE, xt * ONE, t, schedule)
+    assert_close(found_mean.item(), mean, rtol=1e-4, atol=1e-5)
+    assert_close(found_variance.item(), variance, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_q_posterior_at_t_1_is_x0_without_variance(kind):
+    schedule = ddpm.make_schedule(kind, 50)
+    mean, variance = ddpm.q_posterior(0.3 * ONE, -2.0 * ONE, 1, schedule)
+    assert variance.item() == 0
+    assert_close(mean, 0.3 * ONE)
+
+
+def test_q_posterior_of_a_batch_of_t():
+    schedule = ddpm.make_schedule("linear", 30)
+    x0, xt, ts = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), [1, 15, 30]
+    mean, variance = ddpm.q_posterior(x0, xt, torch.tensor(ts), schedule)
+    for i, t in enumerate(ts):
+        one_mean, one_variance = ddpm.q_posterior(x0[i : i + 1], xt[i : i + 1], t, schedule)
+        assert_close(mean[i : i + 1], one_mean)
+        assert_close(variance[i : i + 1], one_variance)
+
+
+# Training objective
+
+
+def test_t_is_uniform_on_1_to_T_and_the_network_sees_it():
+    schedule, seen = ddpm.make_schedule("linear", 5), []
+    x0 = torch.zeros(20_000, 1, 1, 1)
+
+    def network(x, t):
+        seen.append((x, t))
+        return torch.zeros_like(x)
+
+    ddpm.ddpm_loss(network, x0, schedule)
+    x, t = seen[0]
+    assert t.dtype == torch.int64 and t.shape == (20_000,)
+    shares = torch.bincount(t, minlength=7).double() / len(t)
+    assert_close(shares, torch.tensor([0, 0.2, 0.2, 0.2, 0.2, 0.2, 0]).double(), rtol=0, atol=0.02)
+    for value in range(1, 6):  # each picture got the noise of its own t
+        assert_close(x[t == value].var(), 1 - schedule.alpha_bars[value], rtol=0.1, atol=0)
+
+
+def test_training_draws_t_at_both_ends(tmp_path, monkeypatch):
+    seen, loss = [], ddpm.ddpm_loss
+
+    def spy(model, x0, schedule, t=None, eps=None):
+        seen.append((t, eps, x0))
+        return loss(model, x0, schedule, t, eps)
+
+    monkeypatch.setattr(ddpm, "ddpm_loss", spy)
+    cfg, run, _ = open_run(tmp_path, "--T", "4", "--batch_size", "32")
+    ddpm.train(cfg, run)
+    t = torch.cat([t for t, _, _ in seen])
+    assert set(t.tolist()) == {1, 2, 3, 4} and len(t) == 6 * 32
+    assert not torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[0][2], seen[1][2])
+
+
+def test_loss_is_the_mean_squared_error_of_eps():
+    schedule = ddpm.make_schedule("linear", 10)
+    x0, eps = torch.rand(6, 1, 4, 4) * 2 - 1, torch.randn(6, 1, 4, 4)
+    t = torch.tensor([1, 2, 4, 6, 9, 10])
+
+    def knows(xt, t):  # solves Eq. 4 for eps, knowing x0
+        alpha_bar = schedule.alpha_bars[t].view(-1, 1, 1, 1)
+        return (xt - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+
+    loss = ddpm.ddpm_loss(knows, x0, schedule, t, eps)
+    assert loss.shape == ()
+    assert_close(loss.item(), 0.0, atol=1e-8, rtol=0)
+    half = ddpm.ddpm_loss(lambda x, t: knows(x, t) / 2, x0, schedule, t, eps)
+    assert_close(half, (eps**2).mean() / 4, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [1, 30, 100])
+def test_loss_of_the_exact_eps_is_the_variance_that_no_network_can_remove(t):
+    schedule = ddpm.make_schedule("linear", 100)
+    exact = ExactEps(schedule.alpha_bars, [1.0], [[0.0]], [[[0.25]]])
+    x0, _ = exact.draw(50_000)
+    loss = ddpm.ddpm_loss(exact, x0, schedule, torch.full((50_000,), t))
+    alpha_bar = schedule.alpha_bars[t].item()  # Var[eps | x_t] of a Gaussian
+    left = alpha_bar * 0.25 / (alpha_bar * 0.25 + 1 - alpha_bar)
+    assert_close(loss.item(), left, rtol=0.03, atol=1e-4)
+    worse = ddpm.ddpm_loss(lambda x, t: 0.9 * exact(x, t), x0, schedule, torch.full((50_000,), t))
+    assert worse > loss or t == 1
+
+
+# Variational bound
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.01, 0.3])
+@pytest.mark.parametrize("mean", [-1.3, -1.0, -0.5, 0.0031, 0.99, 1.0])
+def test_discrete_decoder_sums_to_1_and_matches_float64(mean, sigma):
+    x0 = torch.arange(256) / 127.5 - 1
+    found = ddpm.discrete_log_likelihood(x0, torch.full_like(x0, mean), torch.tensor(sigma))
+    assert_close(found.double().exp().sum().item(), 1.0, rtol=1e-4, atol=1e-5)
+    edges = (np.arange(257) - 0.5) / 127.5 - 1
+    edges[0], edges[-1] = -np.inf, np.inf  # Eq. 13 is open at both ends
+    z = (edges - mean) / sigma
+    low, high = z[:-1], z[1:]
+    mass = np.where(low > 0, stats.norm.sf(low) - stats.norm.sf(high),
+                    stats.norm.cdf(high) - stats.norm.cdf(low))
+    likely = torch.from_numpy(mass > 1e-12)
+    assert_close(found[likely].double(), torch.from_numpy(np.log(mass.clip(1e-300)))[likely],
+                 rtol=5e-3, atol=5e-3)
+    assert torch.isfinite(found[likely]).all() and (found <= 1e-6).all()
+
+
+def test_discrete_decoder_is_finite_far_away():
+    x0 = torch.tensor([-1.0, 0.0, 1.0])
+    found = ddpm.discrete_log_likelihood(x0, torch.tensor([1.0, -1.0, -1.0]), torch.tensor(0.01))
+    assert torch.isfinite(found).all() and (found < -1000).all()
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+@pytest.mark.parametrize("T", [1000, 20])
+def test_variational_bound_against_its_closed_form(variance, T):
+    """Data N(0, s^2) with its exact eps, linear in x_t, so that every expectation is known.
+
+    The terms of the reference come from Eq. 12, which the script does not use.
+    """
+    schedule, s2 = ddpm.make_schedule("linear", T), 0.2
+    exact = ExactEps(schedule.alpha_bars, [1.0], [[0.0]], [[[s2]]])
+    x0 = (torch.randn(40_000, 1, 1, 1) * s2**0.5).clamp(-1, 1)
+    x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
+    ts = [2, 5, T // 2, T - 1, T]
+    bound = ddpm.variational_bound(exact, x0, schedule, variance, False, ts)
+
+    double = (x0.double() ** 2).mean().item()
+    betas, bars = schedule.betas.double(), schedule.alpha_bars.double()
+    for t in ts:
+        beta, bar, bar_prev = betas[t].item(), bars[t].item(), bars[t - 1].item()
+        tilde = (1 - bar_prev) / (1 - bar) * beta
+        sigma2 = beta if variance == "beta" else tilde
+        a = math.sqrt(1 - bar) / (bar * s2 + 1 - bar)  # eps_hat = a * x_t
+        error = a**2 * bar * double + (1 - a * math.sqrt(1 - bar)) ** 2  # E (eps - eps_hat)^2
+        kl = beta**2 / (2 * sigma2 * (1 - beta) * (1 - bar)) * error  # Eq. 12
+        kl += 0.5 * (tilde / sigma2 - 1 - math.log(tilde / sigma2))
+        assert_close(bound["L_t"][t], kl / math.log(2), rtol=0.04, atol=1e-6)
+
+    bar = bars[-1].item()
+    prior = 0.5 * (bar * double + (1 - bar) - 1 - math.log1p(-bar)) / math.log(2)
+    assert_close(bound["L_T"], prior, rtol=0.05, atol=1e-7)
+
+    beta, clean = betas[1].item(), x0.double().flatten().numpy()  # sigma_1^2 = beta_1 for either
+    a = math.sqrt(beta) / ((1 - beta) * s2 + beta)
+    x1 = math.sqrt(1 - beta) * clean + math.sqrt(beta) * np.random.default_rng(0).normal(
+        size=clean.shape)
+    mean = (x1 - math.sqrt(beta) * a * x1) / math.sqrt(1 - beta)
+    high = np.where(clean > 0.999, np.inf, (clean + 1 / 255 - mean) / math.sqrt(beta))
+    low = np.where(clean < -0.999, -np.inf, (clean - 1 / 255 - mean) / math.sqrt(beta))
+    mass = stats.norm.cdf(high) - stats.norm.cdf(low)
+    assert_close(bound["L_0"], -np.log2(mass).mean().item(), rtol=0.03, atol=0.01)
+
+    rate = np.interp(range(2, T + 1), ts, [bound["L_t"][t] for t in ts]).sum()
+    assert_close(bound["total"], bound["L_0"] + rate + bound["L_T"])
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_variational_bound_sums_every_term_and_bounds_the_entropy(variance):
+    """No model codes N(0, s^2) in bins of 2/255 in fewer bits than its entropy; many steps come
+    nearer to it than few.
+    """
+    s2, totals = 0.05, []
+    x0 = (torch.randn(10_000, 1, 1, 1) * s2**0.5).clamp(-1, 1)
+    x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
+    for T in (50, 800):
+        schedule = ddpm.make_schedule("linear", T)
+        exact = ExactEps(schedule.alpha_bars, [1.0], [[0.0]], [[[s2]]])
+        bound = ddpm.variational_bound(exact, x0, schedule, variance, False)
+        assert sorted(bound["L_t"]) == list(range(2, T + 1))
+        assert_close(bound["total"], bound["L_0"] + sum(bound["L_t"].values()) + bound["L_T"])
+        totals.append(bound["total"])
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * s2) + math.log2(127.5)
+    assert entropy - 0.04 < totals[1] < totals[0]
+
+
+def test_bound_is_better_for_the_exact_eps_than_for_a_worse_one():
+    schedule = ddpm.make_schedule("linear", 50)
+    exact = ExactEps(schedule.alpha_bars, [1.0], [[0.0]], [[[0.1]]])
+    x0 = ((torch.randn(2000, 1, 1, 1) * 0.316).clamp(-1, 1) * 127.5).round() / 127.5
+    x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
+    good = ddpm.variational_bound(exact, x0, schedule, "beta", False)["total"]
+    poor = ddpm.variational_bound(lambda x, t: 0.8 * exact(x, t), x0, schedule, "beta", False)
+    assert good < poor["total"]
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_the_last_step_adds_no_noise(variance):
+    schedule = ddpm.make_schedule("linear", 10)
+    exact, xt = gaussian_eps(schedule.alpha_bars), torch.randn(5, 2, 1, 1)
+    first = ddpm.p_sample(exact, xt, 1, schedule, variance, clip_x0=False)
+    assert_close(first, ddpm.p_sample(exact, xt, 1, schedule, variance, clip_x0=False), rtol=0,
+                 atol=0)
+    assert_close(first, ddpm.predict_x0(exact, xt, 1, schedule, clip_x0=False))
+    again = [ddpm.p_sample(exact, xt, 2, schedule, variance, clip_x0=False) for _ in range(2)]
+    assert not torch.equal(*again)
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+@pytest.mark.parametrize("t", [2, 5, 10])
+def test_a_step_has_the_mean_of_eq_11_and_its_variance(variance, t):
+    schedule = ddpm.make_schedule("linear", 10)
+    exact = gaussian_eps(schedule.alpha_bars)
+    xt = torch.tensor([1.5, -2.0]).view(1, 2, 1, 1).expand(40_000, 2, 1, 1)
+    x = ddpm.p_sample(exact, xt, t, schedule, variance, clip_x0=False)
+    beta, bar = schedule.betas[t], schedule.alpha_bars[t]
+    eps_hat = exact(xt[:1], torch.tensor([t]))
+    mean = (xt[:1] - beta / (1 - bar).sqrt() * eps_hat) / (1 - beta).sqrt()  # Eq. 11
+    sigma2 = beta if variance == "beta" else beta * (1 - schedule.alpha_bars[t - 1]) / (1 - bar)
+    assert_close(x.mean(0, keepdim=True), mean, rtol=0, atol=0.03)
+    assert_close(x.flatten(1).var(0), sigma2.expand(2), rtol=0.04, atol=0)
+
+
+def test_each_variance_is_exact_for_the_data_of_section_3_2():
+    """sigma^2 = beta keeps x_0 ~ N(0, I) exactly; beta_tilde a single x_0."""
+    schedule = ddpm.make_schedule("linear", 10)
+    standard = ExactEps(schedule.alpha_bars, [1.0], [[0.0]], [[[1.0]]])
+    x = ddpm.sample(standard, (100_000, 1, 1, 1), schedule, "beta", clip_x0=False)
+    assert_close(x.var().item(), 1 - schedule.betas[1].item(), rtol=0.02, atol=0)
+    single = ExactEps(schedule.alpha_bars, [1.0], [[0.35]], [[[0.0]]])
+    x, kept = ddpm.sample(single, (100_000, 1, 1, 1), schedule, "beta_tilde", clip_x0=False,
+                          keep=(2, 5))
+    assert_close(x, torch.full_like(x, 0.35), rtol=0, atol=1e-3)
+    for t, xt in kept.items():
+        assert_close(xt.var(), 1 - schedule.alpha_bars[t], rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampling_with_the_exact_eps_gives_mean_and_covariance(variance, kind):
+    schedule = ddpm.make_schedule(kind, 300)
+    exact = gaussian_eps(schedule.alpha_bars)
+    x = ddpm.sample(exact, (10_000, 2, 1, 1), schedule, variance, clip_x0=False)
+    mean, cov = mean_and_cov(x)
+    assert_close(mean, exact.moments()[0], rtol=0, atol=0.03)
+    assert_close(cov, exact.moments()[1], rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_sampling_with_the_exact_eps_gives_the_modes_their_weights(variance):
+    schedule = ddpm.make_schedule("linear", 300)
+    exact = mixture_eps(schedule.alpha_bars)
+    x = ddpm.sample(exact, (8000, 2, 1, 1), schedule, variance, clip_x0=False)
+    assert_close(exact.nearest(x), exact.weights, rtol=0, atol=0.025)
+    assert_close(mean_and_cov(x)[0], exact.moments()[0], rtol=0, atol=0.05)
+    assert_close(mean_and_cov(x)[1], exact.moments()[1], rtol=0, atol=0.06)
+    which = torch.cdist(x.flatten(1).double(), exact.means).argmin(1)
+    for k in range(3):  # and within each mode its own covariance
+        assert_close(mean_and_cov(x[which == k])[1], exact.covs[k], rtol=0.15, atol=0.012)
+
+
+def test_only_x0_hat_is_clamped():
+    schedule = ddpm.make_schedule("linear", 1000)
+    xt, t = torch.tensor([4.0, -3.0, 0.1]).view(3, 1, 1, 1), 500
+
+    def network(x, t):
+        assert_close(x, xt, rtol=0, atol=0)  # the network gets x_t as it is
+        return 0.1 * x
+
+    raw = ddpm.predict_x0(network, xt, t, schedule, clip_x0=False)
+    assert raw.abs().max() > 1
+    assert_close(ddpm.predict_x0(network, xt, t, schedule), raw.clamp(-1, 1))
+    torch.manual_seed(1)
+    found = ddpm.p_sample(network, xt, t, schedule, "beta", clip_x0=True)
+    torch.manual_seed(1)
+    mean, _ = ddpm.q_posterior(raw.clamp(-1, 1), xt, t, schedule)
+    assert_close(found, mean + schedule.betas[t].sqrt() * torch.randn_like(xt))
+    assert ddpm.p_sample(network, xt, t, schedule, "beta").abs().max() > 1  # x_{t-1} is not clamped
+
+
+def test_sampling_asks_the_network_once_at_each_t_from_T_to_1():
+    schedule, asked = ddpm.make_schedule("linear", 7), []
+
+    def network(x, t):
+        assert t.shape == (3,) and t.dtype == torch.int64
+        asked.append(t[0].item())
+        return torch.zeros_like(x)
+
+    xT = torch.randn(3, 1, 2, 2)
+    x, kept = ddpm.sample(network, (3, 1, 2, 2), schedule, xT=xT, keep=(7, 3))
+    assert asked == [7, 6, 5, 4, 3, 2, 1]
+    assert x.shape == (3, 1, 2, 2) and sorted(kept) == [3, 7]
+    assert_close(kept[7], xT)
+
+
+# Network
+
+
+def test_the_paper_preset_is_the_paper_s_network():
+    with torch.device("meta"):
+        model = ddpm.make_unet(ddpm.PRESETS["paper"], (3, 32, 32))
+    assert sum(p.numel() for p in model.parameters()) == 35_746_307
+
+
+def unet(seed=0, **options):
+    """A small U-Net whose zero layers were given weights, so that everything in it matters."""
+    torch.manual_seed(seed)
+    settings = dict(image_channels=1, image_size=8, channels=8, mults=(1, 2), blocks=1,
+                    attention=(4,), heads=2, groups=4, dropout=0.0)
+    model = ddpm.UNet(**(settings | options))
+    for p in model.parameters():
+        if p.abs().max() == 0:
+            nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("options", [
+    dict(image_channels=1, image_size=28, patch=2), dict(image_channels=3, image_size=32),
+    dict(image_channels=4, image_size=12, mults=(1, 2, 2)), dict(image_channels=2, mults=(1,)),
+    dict(image_size=16, patch=4, blocks=2), dict(mults=(1, 3), heads=1, attention=())])
+def test_unet_takes_any_channels_and_sizes(options):
+    model = unet(**options)
+    size, channels = options.get("image_size", 8), options.get("image_channels", 1)
+    x = torch.randn(2, channels, size, size)
+    out = model(x, torch.tensor([1, 9]))
+    assert out.shape == x.shape and torch.isfinite(out).all()
+
+
+def test_unet_starts_at_zero_and_changes_with_t_and_x():
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
+    fresh = ddpm.UNet(1, 8, 8, (1, 2), 1, (4,), 2, 4, 0.0)
+    assert_close(fresh(x, t), torch.zeros_like(x), rtol=0, atol=0)
+    model = unet()
+    assert (model(x, t) - model(x, torch.tensor([4, 900])))[0].abs().max() > 1e-4
+    assert_close(model(x, t)[1], model(x, torch.tensor([4, 900]))[1])
+    assert (model(x, t) - model(x + 0.1, t)).abs().max() > 1e-3
+    assert_close(model(x, t), model(x, t.float()))
+    assert_close(model(x, t)[:1], model(x[:1], t[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_lets_every_position_see_every_other():
+    torch.manual_seed(0)
+    layer = ddpm.Attention(8, 2, 4)
+    nn.init.normal_(layer.out.weight)
+    x = torch.randn(1, 8, 4, 4, requires_grad=True)
+    h = layer(x)[0, :, 0, 0].square().sum()
+    (gradient,) = torch.autograd.grad(h, x)
+    assert (gradient.abs().sum((0, 1)) > 1e-6).all()
+    q, k, v = layer.qkv(layer.norm(x)).view(1, 3, 2, 4, 16).transpose(-1, -2).unbind(1)
+    h = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
+    assert_close(layer(x), x + layer.out(h.transpose(-1, -2).reshape(1, 8, 4, 4)))
+
+
+def test_timestep_embedding_is_that_of_vaswani():
+    t = torch.tensor([0, 1, 500, 1000])
+    found = ddpm.timestep_embedding(t, 16)
+    i = torch.arange(8).double()
+    angles = t[:, None].double() * 10000 ** (-i / 7)
+    assert_close(found.double(), torch.cat([angles.sin(), angles.cos()], 1), rtol=0, atol=1e-4)
+    near = (found[1] - found[0]).norm()
+    assert near > 0.5  # neighbouring steps can be told apart
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    plain, saving = unet(), unet(grad_checkpointing=True)
+    saving.load_state_dict(plain.state_dict())
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 9])
+    for model in (plain, saving):
+        model.train()(x, t).square().mean().backward()
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert a.grad.abs().max() > 0, name
+        assert_close(a.grad, b.grad)
+
+
+# Training
+
+
+def test_ema_warms_up_and_copies_buffers():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
+    ema = ddpm.EMA(model, 0.9)
+    expected = model[0].weight.detach().clone()
+    for n in range(200):
+        with torch.no_grad():
+            model[0].weight.copy_(torch.randn(2, 2))
+            model[1].running_mean.fill_(n + 5.0)
+        ema.update(model, n)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * model[0].weight.detach()
+        assert_close(ema.model[0].weight.data, expected)
+        assert_close(ema.model[1].running_mean, model[1].running_mean)
+    assert not ema.model.training and not any(p.requires_grad for p in ema.model.parameters())
+
+
+def test_learning_rate_warms_up():
+    cfg = ddpm.Config(lr=1.0, warmup=10, steps=100, decay="constant")
+    assert [ddpm.learning_rate(cfg, step) for step in (0, 4, 9, 10, 99)] == [0.1, 0.5, 1, 1, 1]
+    cfg = ddpm.Config(lr=1.0, warmup=10, steps=100, decay="cosine")
+    assert_close(ddpm.learning_rate(cfg, 50), 0.5)
+    assert 0 < ddpm.learning_rate(cfg, 99) < 1e-3
+    assert ddpm.learning_rate(ddpm.Config(lr=1.0, warmup=0, decay="constant"), 0) == 1.0
+
+
+def open_run(out, *argv):
+    """(cfg, run, state) of the smoke preset with a few more arguments, as main makes them."""
+    cfg, opts = ddpm.parse_args(
+        ddpm.Config, ddpm.PRESETS, ["--preset", "smoke", "--out", str(out), *argv], ddpm.SAMPLING)
+    return ddpm.start("ddpm", ddpm.Config, cfg, opts, ddpm.launch("cpu"), ddpm.validate)
+
+
+def test_training_lowers_the_loss_and_returns_the_average(tmp_path):
+    cfg, run, _ = open_run(tmp_path, "--steps", "40", "--lr", "3e-3", "--preview_every", "100")
+    model = ddpm.train(cfg, run)
+    log = run.read_log()
+    assert log["step"] == list(range(1, 41))
+    assert np.mean(log["loss"][-5:]) < 0.7 * np.mean(log["loss"][:5])
+    assert not model.training
+    stored = torch.load(run.path("checkpoint.pt"), weights_only=True)
+    for name, value in model.state_dict().items():
+        assert_close(value, stored["ema"][name], rtol=0, atol=0)
+    assert any(not torch.equal(stored["ema"][k], stored["model"][k]) for k in stored["model"])
