@@ -94,6 +94,27 @@ def load_points(name, n=20000, seed=0):
     return Data(name, x[: n // 2], x[n // 2 :])
 
 
+def point_density(name, x):
+    """The true density of load_points(name) at x: (N, 2) -> (N,).
+
+    Each set is a curve or a few centres under Gaussian noise: a mixture of Gaussians along it.
+    """
+    if name == "swiss_roll":
+        u = 1.5 * np.pi * (1 + 2 * (np.arange(4000) + 0.5) / 4000)
+        centres = (np.stack([u * np.cos(u), u * np.sin(u)], 1) - np.array([2.0, 0.3])) / 7.0
+        std = 0.5 / 7.0
+    elif name == "two_moons":
+        u = np.linspace(0, np.pi, 2000)
+        arcs = [np.stack([np.cos(u), np.sin(u)], 1), np.stack([1 - np.cos(u), 0.5 - np.sin(u)], 1)]
+        centres, std = (np.concatenate(arcs) - np.array([0.5, 0.25])) / 0.75, 0.06 / 0.75
+    else:
+        angles = np.arange(8) * np.pi / 4
+        centres, std = 1.4 * np.stack([np.cos(angles), np.sin(angles)], 1), 0.1
+    gap = torch.cdist(x.cpu().double(), torch.from_numpy(centres)) / std
+    log_p = torch.logsumexp(-0.5 * gap**2, dim=1) - np.log(len(centres) * 2 * np.pi * std**2)
+    return log_p.exp().to(x)
+
+
 def load_series(name, n=5000, length=64, seed=0):
     """1-D series, (N, 1, L) scaled into [-1, 1]: synthetic sines, or csv:PATH with one series a
     row.

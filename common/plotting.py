@@ -9,6 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
 from PIL import Image  # noqa: E402
 from torchvision.utils import make_grid  # noqa: E402
 
@@ -58,24 +60,24 @@ def save_panels(path, panels, title, columns=4):
 
 def save_rows(path, rows, title, row_labels=None, column_labels=None, cell=0.95):
     """A table of pictures. rows: list of (B, C, H, W) in [-1, 1], one tensor a row of the table."""
-    n = max(len(row) for row in rows)
-    figure, axes = plt.subplots(len(rows), n, squeeze=False,
-                                figsize=(cell * n + 1.6 * bool(row_labels), cell * len(rows) + 0.8))
+    n, H = max(len(row) for row in rows), max(row.shape[-2] for row in rows)
+    W, gap = max(row.shape[-1] for row in rows), max(1, H // 14)
+    canvas = np.ones((len(rows) * (H + gap), n * (W + gap), 3))
     for i, row in enumerate(rows):
-        pictures = to_rgb(row).permute(0, 2, 3, 1).numpy()
-        for j, axis in enumerate(axes[i]):
-            axis.set(xticks=[], yticks=[])
-            for side in axis.spines.values():
-                side.set_visible(False)
-            if j < len(pictures):
-                axis.imshow(pictures[j], interpolation="nearest")
-            if i == 0 and column_labels:
-                axis.set_title(column_labels[j], fontsize=10)
-        if row_labels:
-            axes[i][0].set_ylabel(
-                row_labels[i], rotation=0, ha="right", va="center", fontsize=11, labelpad=8)
-    figure.suptitle(title, y=0.995, fontsize=12)
-    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.25 / (cell * len(rows) + 0.8)))
+        row = F.interpolate(to_rgb(row), (H, W), mode="nearest").permute(0, 2, 3, 1).numpy()
+        for j, picture in enumerate(row):
+            top, left = i * (H + gap), j * (W + gap)
+            canvas[top : top + H, left : left + W] = picture
+    figure, axis = plt.subplots(figsize=(cell * n, cell * len(rows) * (H + gap) / (W + gap)))
+    axis.imshow(canvas[:-gap, :-gap], interpolation="nearest", aspect="auto")
+    axis.set_position([0, 0, 1, 1])
+    axis.set_frame_on(False)
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0, pad=6)
+    columns, middles = column_labels or [], row_labels or []
+    axis.set_xticks([j * (W + gap) + W / 2 for j in range(len(columns))], columns, fontsize=10)
+    axis.set_yticks([i * (H + gap) + H / 2 for i in range(len(middles))], middles)
+    axis.set_title(title, fontsize=12, pad=10)
     finish(figure, path)
 
 
@@ -94,6 +96,35 @@ def save_gif(path, frames, columns, captions, hold=12, milliseconds=80, scale=4)
         pictures.append(canvas.quantize(32))
     pictures += [pictures[-1]] * hold
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+
+
+def save_points(path, panels, title, limit=2.3):
+    """Clouds of points side by side. panels: list of (subtitle, points (N, 2))."""
+    width = min(5, 16 / len(panels))
+    figure, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), width + 0.6),
+                                squeeze=False)
+    for axis, (subtitle, x) in zip(axes[0], panels, strict=True):
+        axis.scatter(*series(x).T, s=2, alpha=0.4)
+        axis.set(title=subtitle, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal",
+                 xticks=[], yticks=[])
+    figure.suptitle(title)
+    figure.tight_layout()
+    finish(figure, path)
+
+
+def save_points_gif(path, frames, captions, limit=2.3, hold=12, milliseconds=80):
+    """An animated GIF of clouds of points. frames: list of (N, 2); the last is held."""
+    figure, axis = plt.subplots(figsize=(4.2, 4.4), dpi=80)
+    dots = axis.scatter(*series(frames[0]).T, s=2, alpha=0.5)
+    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+
+    def show(i):
+        dots.set_offsets(series(frames[min(i, len(frames) - 1)]))
+        axis.set_title(captions[min(i, len(frames) - 1)])
+
+    FuncAnimation(figure, show, frames=len(frames) + hold).save(
+        path, writer=PillowWriter(fps=1000 / milliseconds))
+    plt.close(figure)
 
 
 def _write(canvas, text):

@@ -15,10 +15,14 @@ OWN = {"Config", "validate", "main", "train", "sample", "draw", "evaluate"}
 # (a script, another, name): (most changed lines, why the texts differ)
 EXCEPTIONS = {
     ("conditional", other, name): (cap, reason)
-    for other in ("ddim", "ddpm", "latent")
+    for other in ("ddim", "ddpm", "latent", "score")
     for name, cap, reason in (
         ("ResBlock", 11, "adaptive group norm scales and shifts by time and class (ADM Sec. 3.1)"),
         ("UNet", 13, "class embedding and null class join the time embedding"))
+} | {
+    (other, "score", "UNet"): (101, "NCSN++ and DDPM++: Fourier features, FIR and BigGAN resampling,"
+                               " skip rescaling, progressive input, attention once on the way up")
+    for other in ("conditional", "ddim", "ddpm", "latent")
 }
 
 
