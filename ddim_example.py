@@ -14,7 +14,11 @@ Tags in the parts shared with ddpm_example.py are those of the DDPM paper.
 Departures from the paper: those of ddpm_example.py, and tau always ends in T, so that sampling
 starts from the noise level it was trained on.
 
-MEASURED
+Measured on 2 CPU cores with the model of ddpm_example.py: 64 samples take 1.3 s at S = 50 (19 s by
+the DDPM sampler). Of 500 samples, Fréchet distance in a digit classifier's features (third command,
+493 s): 22.4, 17.1, 15.3, 14.9 at S = 10, 20, 50, 100 with eta = 0; 18.7, 9.5, 10.1, 8.7 with eta =
+1; 8.9 for DDPM's 1,000 steps. For so small a model noise helps: it undoes earlier errors, which the
+deterministic path keeps. Results: results/ddim/. Not run on CUDA; the paper preset was not trained.
 """
 
 import copy

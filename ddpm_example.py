@@ -15,7 +15,10 @@ Departures from the paper, in the laptop preset only (--preset paper has none of
   3. The up path narrows before it doubles the resolution, which halves its widest convolution.
   4. x0_hat is clamped to [-1, 1] while sampling (`clip_x0`), as in the authors' code.
 
-MEASURED
+Measured on 2 CPU cores: the first command takes 348 s (326 s of training, 19 s for 64 samples of
+1,000 steps) and 1.1 GB of memory. The second, 317 s: a digit classifier is sure of 78 % of 500
+samples (of real digits: 97 %), Fréchet distance in its features 8.9 (held-out digits: 0.9), bound
+2.14 bits/dim. Results: results/ddpm/. Not run on CUDA; the paper preset was not trained.
 """
 
 import copy
@@ -663,7 +666,7 @@ def figure_denoising(run, model, kept, x0, schedule, cfg):
     plotting.save_rows(run.path("denoising.png"), rows,
                        "From noise to a picture, and what the network takes it for", labels,
                        [f"t = {t}" for t in picks] + ["sample"])
-    n = min(16, len(x0))
+    n = min(9, len(x0))
     frames = [kept[t][:n] for t in ts] + [x0[:n]]
     plotting.save_gif(run.path("denoising.gif"), frames, max(1, math.isqrt(n)),
                       [f"t = {t}" for t in ts] + ["t = 0"])

@@ -26,6 +26,7 @@ import copy
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -180,15 +181,6 @@ class SDE:
         variance = self.prior_std**2
         return -0.5 * (D * math.log(2 * math.pi * variance) + (z**2).sum(1) / variance)
 
-    def transition(self, s, t):
-        """(a, variance) of x_t = a x_s + sqrt(variance) z, floats, s < t. Source: Eq. 8, 10, 29.
-
-        VE: a = 1, sigma_t^2 - sigma_s^2. VP: a = sqrt(1 - beta_i), variance beta_i.
-        """
-        s, t = (torch.tensor(u, dtype=torch.float64) for u in (s, t))
-        a = self.m(t) / self.m(s)
-        return a.item(), (self.std(t) ** 2 - a**2 * self.std(s) ** 2).item()
-
 
 class VESDE(SDE):
     """Variance exploding: the limit of SMLD (Eq. 8). Source: Eq. 9 with sigma(t) of App. C."""
@@ -261,6 +253,17 @@ class SubVPSDE(VPSDE):
 
     def diffusion2(self, t):
         return self.beta(t) * -torch.expm1(-2 * self.B(t))  # Eq. 27
+
+
+@cache  # a corrector asks again, and every batch walks the same grid
+def transition(sde, s, t):
+    """(a, variance) of x_t = a x_s + sqrt(variance) z, floats, s < t. Source: Eq. 8, 10, 29.
+
+    VE: a = 1, variance sigma_t^2 - sigma_s^2. VP: a = sqrt(1 - beta_i), variance beta_i.
+    """
+    s, t = (torch.tensor(u, dtype=torch.float64) for u in (s, t))
+    a = sde.m(t) / sde.m(s)
+    return a.item(), (sde.std(t) ** 2 - a**2 * sde.std(s) ** 2).item()
 
 
 def make_sde(cfg):
@@ -344,7 +347,7 @@ def em_step(score, sde, x, t, s):
 
 def reverse_diffusion_step(score, sde, x, t, s):
     """The forward transition x_s -> x_t, run backwards. Source: App. E; Alg. 2 and 3, lines 3-5."""
-    a, variance = sde.transition(s, t)
+    a, variance = transition(sde, s, t)
     x_mean = (2 - a) * x + variance * score(x, at(t, x))
     return x_mean + math.sqrt(variance) * torch.randn_like(x)
 
@@ -353,7 +356,7 @@ def ancestral_step(score, sde, x, t, s):
     """The ancestral step of DDPM (VP, Eq. 4) and of SMLD (VE, App. F)."""
     if isinstance(sde, SubVPSDE):
         raise ValueError("ancestral sampling is defined for VESDE and VPSDE")
-    a, variance = sde.transition(s, t)
+    a, variance = transition(sde, s, t)
     x_mean = (x + variance * score(x, at(t, x))) / a  # Eq. 4 with a = sqrt(1 - beta); App. F: a = 1
     if isinstance(sde, VESDE):
         sigma_s, sigma_t = (sde.std(torch.tensor(u, dtype=torch.float64)).item() for u in (s, t))
@@ -407,7 +410,7 @@ def predictor_corrector(score, sde, shape, steps, snr=0.16, corrector_steps=1,
     snr: target signal-to-noise ratio r of the corrector. See `sample` for denoise, xT, watch.
     """
     def step(score, sde, x, t, s):
-        alpha = sde.transition(s, t)[0] ** 2  # 1 for VE, else 1 - beta of this step
+        alpha = transition(sde, s, t)[0] ** 2  # 1 for VE, else 1 - beta of this step
         for _ in range(corrector_steps):  # before the predictor: departure 2
             x = langevin_step(score, x, t, alpha, snr)
         return predictor(score, sde, x, t, s)

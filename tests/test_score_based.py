@@ -110,12 +110,12 @@ def test_marginals_by_simulation(name):
 @every_sde
 def test_transition_composes_to_the_marginal(name):
     sde = SDES[name]()
-    a, variance = sde.transition(0.2, 0.6)
+    a, variance = sb.transition(sde, 0.2, 0.6)
     m, std = (f(torch.tensor([0.2, 0.6]).double()) for f in (sde.m, sde.std))
     assert a == pytest.approx((m[1] / m[0]).item())
     assert variance + a**2 * std[0].item() ** 2 == pytest.approx(std[1].item() ** 2)
     f, g = sde.sde(torch.ones(1, 1).double(), torch.tensor([0.4]).double())
-    a, variance = sde.transition(0.4 - 1e-5, 0.4 + 1e-5)
+    a, variance = sb.transition(sde, 0.4 - 1e-5, 0.4 + 1e-5)
     assert (a - 1) / 2e-5 == pytest.approx(f.item(), rel=1e-3, abs=1e-6)
     assert variance / 2e-5 == pytest.approx(g.item() ** 2, rel=1e-3)
 
@@ -345,7 +345,7 @@ def test_ancestral_is_ddpm_with_sigma_beta():
     """Eq. 4 draw for draw: the VP step with beta = the step's 1 - alpha is p_sample's."""
     sde, t, s = sb.VPSDE(), 0.6, 0.55
     data, x = gaussian(sde), noise(sde, 8)
-    a, beta = sde.transition(s, t)
+    a, beta = sb.transition(sde, s, t)
     torch.manual_seed(3)
     found = sb.ancestral_step(data, sde, x, t, s)
     torch.manual_seed(3)
