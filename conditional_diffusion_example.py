@@ -1006,8 +1006,8 @@ def evaluate(run, model, schedule, cfg, data, judge, n):
             axis.axhline(reference, color="0.5", ls=":", label="real, held out")
         axis.set(xlabel="guidance w", title=title)
         axis.margins(y=0.15)
-    axes[0].legend(frameon=False)
-    figure.suptitle(f"What guidance buys and costs, {n} samples a point", y=1.02)
+    axes[1].legend(frameon=False, loc="upper right")
+    figure.suptitle(f"What guidance buys and costs, {n} samples a point")
     figure.tight_layout()
     plotting.finish(figure, run.path("guidance.png"))
 

@@ -677,8 +677,10 @@ def evaluate(run, model, schedule, cfg, data, n, batch_size=100):
     for name, found in table.items():
         distances = [row["frechet_distance"] for row in found.values()]
         axis.plot(list(found), distances, "o-", label=name)
-    axis.set(xscale="log", yscale="log", xlabel="steps S", ylabel="Fréchet distance in features",
-             title=f"Quality against steps, {n} samples: eta = 0 needs fewest")
+    axis.axhline(scores["frechet_distance_of_held_out"], color="0.5", ls=":", label="held-out data")
+    axis.set(xscale="log", xlabel="steps S", ylabel="Fréchet distance in features",
+             title=f"How many steps are enough? {n} samples a point")
+    axis.set_ylim(bottom=0)
     axis.set_xticks(counts, [str(S) for S in counts])
     axis.minorticks_off()
     axis.legend(frameon=False)

@@ -19,7 +19,11 @@ Departures from the paper:
   3. Tweedie's formula ends every sampler, and x0_hat is clamped for images (`denoise`, `clip_x0`).
   4. In the laptop preset the small U-Net of ddpm_example.py, which works on 2x2 blocks of pixels.
 
-MEASURED
+Measured on 2 CPU cores, as typed, seed 0: 375 s in all (training 333 s, 64 samples of 1,001 network
+calls 21 s). Of 500 samples (last command) a digit classifier is sure of 83 % (of real digits: 97
+%), Fréchet distance in its features 9.5 (held-out digits: 0.9); held-out digits take 2.15 bits/dim.
+Swiss roll: 40 s in all; energy distance to the data 0.0029 (of two fresh data sets: 0.0043).
+Results: results/score_based/. Not run on CUDA; the paper preset was not trained.
 """
 
 import copy
