@@ -18,6 +18,8 @@ Departures from the paper:
   2. The corrector comes before the predictor, as in the authors' code (Alg. 1 prints it after).
   3. Tweedie's formula ends every sampler, and x0_hat is clamped for images (`denoise`, `clip_x0`).
   4. In the laptop preset the small U-Net of ddpm_example.py, which works on 2x2 blocks of pixels.
+  5. VE's network predicts what is left of eps when a Gaussian's share is taken out: an error of
+     eps_hat at sigma = 50 would shift the brightness of x0_hat fifty times as much.
 
 Measured on 2 CPU cores, as typed, seed 0: 375 s in all (training 333 s, 64 samples of 1,001 network
 calls 21 s). Of 500 samples (last command) a digit classifier is sure of 83 % (of real digits: 97
@@ -284,12 +286,14 @@ def make_sde(cfg):
 def predict_eps(model, sde, xt, t, sigma_data=0.5):
     """The network's eps_hat(x_t, t), like xt. sigma_data: std of the data.
 
-    VP, sub-VP: time enters as 999 t, the steps of DDPM. VE: as ln sigma, and x_t, whose size runs
-    from sigma_data to sigma_max, is scaled to unit variance.
+    VP, sub-VP: time enters as 999 t, the steps of DDPM. VE: as ln sigma; x_t, whose size runs from
+    sigma_data to sigma_max, is scaled to unit variance, and the network corrects the eps_hat of
+    data ~ N(0, sigma_data^2 I) (departure 5; Karras et al., arXiv 2206.00364, Tab. 1).
     """
     if isinstance(sde, VESDE):
-        sigma = sde.std(t)
-        return model(xt / over((sigma**2 + sigma_data**2).sqrt(), xt), sigma.log())
+        sigma = over(sde.std(t), xt)
+        size = (sigma**2 + sigma_data**2).sqrt()
+        return (sigma * xt / size + sigma_data * model(xt / size, sde.std(t).log())) / size
     return model(xt, 999 * t)
 
 

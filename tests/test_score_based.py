@@ -223,12 +223,19 @@ def test_time_and_input_of_the_network():
     sb.predict_eps(network, sde, x, t, 0.5)
     sigma = 0.01 * 5000**t
     assert_close(got["c"], sigma.log())
-    assert_close(got["x"], x / (sigma**2 + 0.25).sqrt()[:, None])
-    assert_close(sb.score_fn(network, sde, 0.5)(x, t), -got["x"] / sigma[:, None])
+    size, sigma = (sigma**2 + 0.25).sqrt()[:, None], sigma[:, None]
+    assert_close(got["x"], x / size)
+    # a network of zeros gives the score of Gaussian data, any other moves x0_hat by bounded amounts
+    silent = sb.score_fn(lambda x, c: 0 * x, sde, 0.5)(x, t)
+    assert_close(silent, -x / size**2)
+    x0_hat = x + sigma**2 * sb.score_fn(lambda x, c: torch.ones_like(x), sde, 0.5)(x, t)
+    assert_close(x0_hat - (x + sigma**2 * silent), (-0.5 * sigma / size).expand_as(x), rtol=1e-3,
+                 atol=1e-4)
 
 
 @every_sde
-def test_clamp_acts_on_x0_hat_never_on_x(name):
+def test_clamp_acts_on_x0_hat_never_on_x(name, monkeypatch):
+    monkeypatch.setattr(sb, "predict_eps", lambda model, sde, x, t, sigma_data: model(x, t))
     sde, x = SDES[name](), 100 * torch.randn(8, 1, 2, 2).double()
     t = torch.full((8,), 0.7).double()
     network = lambda x, c: torch.zeros_like(x)  # noqa: E731
@@ -393,6 +400,23 @@ def test_langevin_step_size():
     z = torch.randn_like(x)
     epsilon = 2 * 0.9 * (0.2 * z.norm(dim=1).mean() / g.norm(dim=1).mean()) ** 2
     assert_close(found, x + epsilon * g + (2 * epsilon) ** 0.5 * z)
+
+
+def test_alpha_of_the_corrector_is_that_of_the_step(monkeypatch):
+    """Alg. 5: alpha_i = 1 - beta_i = exp(-integral of beta over the step); Alg. 4 has none."""
+    seen = []
+    monkeypatch.setattr(sb, "langevin_step",
+                        lambda score, x, t, alpha, snr: seen.append(float(alpha)) or x)
+    x = torch.zeros(2, 2).double()
+    sb.predictor_corrector(lambda x, t: -x, sb.VESDE(), x.shape, 3, xT=x)
+    assert seen == [1, 1, 1]
+    seen.clear()
+    sde = sb.VPSDE(beta_min=0.1, beta_max=20)
+    sb.predictor_corrector(lambda x, t: -x, sde, x.shape, 1000, xT=x)
+    ts = torch.linspace(1, sde.eps, 1001).double()
+    B = 0.1 * ts + 9.95 * ts**2
+    assert_close(torch.tensor(seen).double(), (B[1:] - B[:-1]).exp(), rtol=1e-6, atol=0)
+    assert seen[0] == pytest.approx(1 - 20 / 1000, abs=5e-4)
 
 
 @pytest.mark.parametrize("snr", [0.5, 0.3, 0.15])
