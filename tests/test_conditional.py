@@ -278,6 +278,18 @@ def test_dit_positions_tell_rows_from_columns():
     assert_close(p[1, 0, :4], (10000 ** (-torch.arange(4.0) / 4)).sin())
 
 
+def test_dit_tokens_attend_to_each_other():
+    """Another last patch changes the noise predicted for the first one."""
+    torch.manual_seed(0)
+    model = awake(dit())
+    x = torch.randn(1, 1, 16, 16)
+    other, t = x.clone(), torch.tensor([5])
+    other[..., 12:, 12:] += 1
+    with torch.no_grad():
+        change = (model(other, t) - model(x, t)).abs()
+    assert change[..., :4, :4].min() > 1e-4
+
+
 def test_dit_puts_each_patch_back_where_it_came_from():
     """With the layers opened so that tokens pass unmixed, a bright patch stays in its place."""
     model = dit(width=64, patch=4)
