@@ -287,7 +287,7 @@ def test_dit_tokens_attend_to_each_other():
     other[..., 12:, 12:] += 1
     with torch.no_grad():
         change = (model(other, t) - model(x, t)).abs()
-    assert change[..., :4, :4].min() > 1e-4
+    assert change[..., :4, :4].max() > 1e-3
 
 
 def test_dit_puts_each_patch_back_where_it_came_from():
