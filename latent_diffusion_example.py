@@ -460,7 +460,7 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), channels * mult))
                 c = channels * mult
             if level > 0:
-                narrow = channels * mults[level - 1] if patch > 1 else c  # departure 3
+                narrow = channels * mults[level - 1] if patch > 1 else c  # a narrow up path
                 self.up.append(Upsample(c, narrow))
                 c, size = narrow, size * 2
         self.norm_out = nn.GroupNorm(groups, c)
