@@ -20,11 +20,12 @@ Departures from the paper:
 Latents are not clamped while sampling. From a cosine schedule's alpha_bar_T (2e-9) the first DDIM
 step would magnify the network's error a thousandfold, so only the linear schedule is offered.
 
-Measured on 2 CPU cores: the first command takes 365 s (autoencoder 63 s, diffusion 293 s, 64 samples
-4 s); held-out digits come back at 31.6 dB. Of 500 samples (third command) a digit classifier is
-sure of 78 % (of real digits: 95 %), Fréchet distance in its features 6.8 (held-out digits: 0.7). A
-training step of the same U-Net on pixels takes 9 times as long. Results: results/latent/. Not run
-on CUDA; the paper preset and the discriminator were not trained to the end.
+Measured on 2 CPU cores: the first command takes 365 s (autoencoder 63 s, diffusion 293 s, 64
+samples 4 s); held-out digits come back at 31.6 dB. Of 500 samples (third command) a digit
+classifier is sure of 78 % (of real digits: 95 %), Fréchet distance in its features 6.8 (held-out
+digits: 0.7). A training step of the same U-Net on pixels takes 9 times as long. Results:
+results/latent/. Not run on CUDA; the paper preset was not trained, nor the discriminator beyond
+its tests.
 """
 
 import copy
