@@ -25,7 +25,11 @@ Departures from the papers:
 2. the DiT predicts eps alone, not the variance, and works on pixels, not on latents;
 3. the U-Net works on 2x2 pixel blocks (--patch 1 takes single pixels): four times faster.
 
-MEASURED
+Measured on 2 CPU cores: the first command takes 249 s (240 s of training, 0.8 s for 100 digits of
+10 DDIM steps); at w = 2 an independent classifier agrees with 99.6 % of 500 labels, Fréchet
+distance in its features 7.2 (w = 1: 3.8; held-out digits: 0.9). After 240 s of training each, the
+DiT is far behind: 33 % against the U-Net's 99.8 %. Results: results/conditional/. Not run on CUDA;
+the paper and dit presets were not trained.
 """
 
 import copy
@@ -957,14 +961,14 @@ def figure_preview(run, model, data, schedule, step):
 def figure_denoising(run, model, data, schedule, cfg, classes, classifier):
     """denoising.gif: x_t on its way to the classes asked for."""
     frames, S = [], min(40, cfg.T)
-    y = torch.tensor((classes * 50)[:50], device=run.device)
+    y = torch.tensor((classes * 10)[:10], device=run.device)
 
     class Watched:  # the network, keeping what it is shown
         def __init__(self):
             self.classes = model.classes
 
         def __call__(self, x, t, y):
-            frames.append((int(t[0]), x[:50]))
+            frames.append((int(t[0]), x))
             return model(x, t, y)
 
     x, _ = draw(cfg, run, Watched(), schedule, data.train.shape[1:], y, cfg.w_samples, classifier,
