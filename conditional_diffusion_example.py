@@ -968,7 +968,7 @@ def figure_denoising(run, model, data, schedule, cfg, classes, classifier):
             self.classes = model.classes
 
         def __call__(self, x, t, y):
-            frames.append((int(t[0]), x))
+            frames.append((int(t[0]), x[:10]))
             return model(x, t, y)
 
     x, _ = draw(cfg, run, Watched(), schedule, data.train.shape[1:], y, cfg.w_samples, classifier,

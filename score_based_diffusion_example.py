@@ -1100,7 +1100,7 @@ def figure_samples(run, samples, data):
                          "Drawn from noise, beside the real thing", max(1, math.isqrt(n)))
 
 
-def figure_denoising(cfg, run, score, sde, shape, n=16):
+def figure_denoising(cfg, run, score, sde, shape, n=8):
     """denoising.gif: x_t above x0_hat, on the way from noise to pictures."""
     frames, captions, seen = [], [], []
 
