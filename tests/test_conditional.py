@@ -518,7 +518,7 @@ def test_the_dit_runs_and_resumes_to_the_last_bit(tmp_path):
 
 @pytest.mark.slow
 def test_compare_trains_both_networks_for_the_same_time(tmp_path):
-    cond.main(["--preset", "smoke", "--compare", "2", "--out", str(tmp_path)])
+    cond.main(["--preset", "smoke", "--compare", "0.5", "--preview_every", "1000", "--out", str(tmp_path)])
     folder = only_run(tmp_path, "conditional")
     open_picture(folder / "compare.png")
     found = json.loads((folder / "metrics.json").read_text())["compare"]

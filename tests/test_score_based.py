@@ -651,9 +651,9 @@ def test_bad_input_ends_with_one_line(argv, message, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sde", ["vp", "ve", "subvp"])
-def test_smoke_run_on_images_and_sampling_from_its_checkpoint(sde, tmp_path):
-    how = ("--preset", "smoke", "--sde", sde)
-    result = run_script("score_based_diffusion_example.py", *how, "--out", "out", cwd=tmp_path)
+def test_smoke_run_on_images(sde, tmp_path):
+    result = run_script("score_based_diffusion_example.py", "--preset", "smoke", "--sde", sde,
+                        "--out", "out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     run = only_run(tmp_path / "out", "score_based")
     pictures = ["sdes.png", "loss.png", "preview.png", "samples.png", "samplers.png",
@@ -663,12 +663,15 @@ def test_smoke_run_on_images_and_sampling_from_its_checkpoint(sde, tmp_path):
     found = json.loads((run / "metrics.json").read_text())
     assert found["bits_per_dim"]["n"] == 2 and math.isfinite(found["bits_per_dim"]["mean"])
     assert set(found["samplers"]) == set(sb.samplers_of(sb.make_sde(sb.Config(sde=sde))))
+    if sde != "ve":
+        return
+    # sampling takes the SDE and its constants from the checkpoint and from nowhere else
     again = run_script("score_based_diffusion_example.py", "--sample", run, "--sampler", "em",
                        "--out", "again", cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-2000:]
-    other = run_script("score_based_diffusion_example.py", "--sample", run, "--beta_max", "5",
+    other = run_script("score_based_diffusion_example.py", "--sample", run, "--sigma_max", "5",
                        "--out", "no", cwd=tmp_path)
-    assert other.returncode == 2 and "--beta_max 5.0" in other.stderr
+    assert other.returncode == 2 and "--sigma_max 5.0" in other.stderr
     assert other.stderr.strip().count("\n") == 0 and not (tmp_path / "no").exists()
 
 
