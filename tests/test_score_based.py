@@ -391,6 +391,18 @@ def test_corrector_comes_first_and_the_end_is_noise_free():
         assert_close(sampler(data, sde, x.shape, 5, xT=x), sb.tweedie(data, sde, noisy, sde.eps))
 
 
+@every_sde
+def test_euler_maruyama_step_is_as_long_as_its_grid_says(name, monkeypatch):
+    """Eq. 6 over t - s, whatever the number of steps."""
+    sde, x = SDES[name](), torch.randn(4, 2).double()
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    drift, g = sde.sde(x, torch.full((4,), 0.8).double())
+    for s in (0.75, 0.2):
+        found = sb.em_step(lambda x, t: -3 * x, sde, x, 0.8, s)
+        assert_close(found, x - (drift + 3 * g**2 * x) * (0.8 - s) + g * (0.8 - s) ** 0.5,
+                     rtol=1e-5, atol=1e-6)
+
+
 def test_langevin_step_size():
     """Alg. 4, 5: epsilon = 2 alpha (r |z| / |g|)^2 with norms averaged over the batch."""
     x, g = torch.randn(5, 7).double(), torch.randn(5, 7).double()
@@ -540,6 +552,19 @@ def test_parameters_of_ncsnpp():
         model = sb.UNet(fourier=True, fir=True, skip_rescale=True, biggan=True,
                         progressive_input=True)
     assert sum(p.numel() for p in model.parameters()) == 62_758_787
+
+
+def test_progressive_input_reaches_the_output():
+    torch.manual_seed(0)
+    model = sb.UNet(1, 8, 8, (1, 2), 1, (4,), groups=4, progressive_input=True).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([10.0, 500.0])
+    with torch.no_grad():
+        before = model(x, t)
+        torch.nn.init.zeros_(model.pyramid[0].weight)
+        assert (model(x, t) - before).abs().max() > 1e-2
 
 
 OPTIONS = ({}, {"fir": True}, {"skip_rescale": True}, {"biggan": True}, {"progressive_input": True},
