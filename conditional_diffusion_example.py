@@ -1010,9 +1010,10 @@ def evaluate(run, model, schedule, cfg, data, judge, n):
             axis.axhline(reference, color="0.5", ls=":", label="real, held out")
         axis.set(xlabel="guidance w", title=title)
         axis.margins(y=0.15)
-    axes[1].legend(frameon=False, loc="upper right")
     figure.suptitle(f"What guidance buys and costs, {n} samples a point")
     figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=3, frameon=False,
+                  bbox_to_anchor=(0.5, 0.02))
     plotting.finish(figure, run.path("guidance.png"))
 
 
