@@ -1130,7 +1130,7 @@ def figure_samplers(cfg, run, model, sde, shape, sigma_data, calls=100, n=10):
         found[name] = {"network_calls": network.calls, "seconds": total.seconds}
         labels.append(f"{SAMPLERS[name]}\n{network.calls} calls, {total.seconds:.1f} s")
     plotting.save_rows(run.path("samplers.png"), rows,
-                       "Six ways from the same noises to pictures", labels)
+                       "From the same noises to pictures: every sampler", labels)
     return found
 
 
