@@ -1,129 +1,101 @@
-"""Denoising Diffusion Implicit Models (Song, Meng, Ermon, arXiv 2010.02502).
+"""Denoising Diffusion Implicit Models (Song, Meng, Ermon, arXiv 2010.02502): [DDIM]
 
-    python ddim_example.py                     train as in ddpm_example.py, then sample in few steps
-    python ddim_example.py --sample            no training: take the newest DDPM (or DDIM) model
+    python ddim_example.py                            train as DDPM, draw in few steps
+    python ddim_example.py --sample                   no training: the newest DDPM model
     python ddim_example.py --sample --evaluate 500    the paper's Table 1 in small
 
-The paper changes only the sampler: schedule, objective, network and training are those of
-ddpm_example.py word for word, and `diff ddpm_example.py ddim_example.py` reads as what it adds.
-Implemented here: generalised steps (Eq. 12, 16) from DDIM (eta = 0) to DDPM (eta = 1), the larger
-variance of App. D.3, sub-sequences tau (Sec. 4.2, App. D.2), encoding by the ODE run forwards
-(Eq. 13, 14) and spherical interpolation (App. D.5). The paper writes alpha_t for alpha_bars[t].
-Tags in the parts shared with ddpm_example.py are those of the DDPM paper.
+The paper changes the sampler alone. Implemented here: its steps from DDIM (eta = 0) to
+DDPM (eta = 1) (Eq. 12, 16), with the larger noise of Sec. 5, too; sub-sequences tau
+(Sec. 4.2, App. D.2); encoding, the ODE of Eq. 14 reversed (Sec. 5.4); interpolation
+(App. D.5). The paper's alpha_t is alpha_bars[t] here. Schedule, objective, network and
+training, with the paper values beside them, are those of [DDPM], arXiv 2006.11239.
 
-Departures from the paper: those of ddpm_example.py, and tau always ends in T, so that sampling
-starts from the noise level it was trained on.
+Departures from the paper; `--preset paper` has 4 and that tau ends in T (code: below):
+  1. a small U-Net on 2x2 blocks of pixels (`patch`), so that it trains on a CPU;
+  2. its up path narrows before it doubles the resolution: a cheaper convolution;
+  3. a cosine decay of the learning rate, a shorter average of the weights;
+  4. the average follows the weights faster in the first steps (EMA);
+  5. x0_hat is clamped to [-1, 1] while sampling (`clip_x0`); tau always ends in T.
 
-Measured on 2 CPU cores with the model of ddpm_example.py: 64 samples take 1.3 s at S = 50 (19 s by
-the DDPM sampler). Of 500 samples, Fréchet distance in a digit classifier's features (third command,
-493 s): 22.4, 17.1, 15.3, 14.9 at S = 10, 20, 50, 100 with eta = 0; 18.7, 9.5, 10.1, 8.7 with eta =
-1; 8.9 for DDPM's 1,000 steps. For so small a model noise helps: it undoes earlier errors, which the
-deterministic path keeps. Results: results/ddim/. Not run on CUDA; the paper preset was not trained.
+How long it takes, what it draws and how good that is: results/ and README.md.
 """
 
 import copy
 import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from common import metrics, plotting
-from common.cli import check, fail, parse_args
+from common.cli import command_line
 from common.data import load_images
-from common.device import Stopwatch, autocast, launch, peak_memory_mb
-from common.plotting import plt
-from common.runs import restore, resume_training, start
+from common.runs import open_run
 
 
 @dataclass(frozen=True)
 class Config:
     # diffusion
-    T: int = 1000                    # diffusion steps (paper: 1000)
-    schedule: str = "linear"         # linear or cosine variance schedule (paper: linear)
-    beta_1: float = 1e-4             # first variance of the linear schedule (paper: 1e-4)
-    beta_T: float = 0.02             # last variance of the linear schedule (paper: 0.02)
+    T: int = 1000  # diffusion steps, >= 1 (paper: 1000)
+    schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: linear)
+    beta_1: float = 1e-4  # first variance, linear schedule, in (0, 1) (paper: 1e-4)
+    beta_T: float = 0.02  # last variance, linear schedule, in (0, 1) (paper: 0.02)
     # sampling
-    S: int = 50                      # sampling steps, 1 to T (paper: 10 to 1000)
-    eta: float = 0.0                 # 0: deterministic (DDIM), 1: as noisy as DDPM (Eq. 16)
-    spacing: str = "linear"          # of the steps: linear or quadratic (paper: both, App. D.2)
-    sigma_hat: bool = False          # the larger noise of App. D.3 (paper: its DDPM rows)
-    clip_x0: bool = True             # clamp the predicted x_0 to [-1, 1] while sampling
-    n_samples: int = 64              # pictures drawn at the end
+    S: int = 50  # sampling steps, >= 1 and at most T (paper: 10 to 1000)
+    eta: float = 0.0  # 0: deterministic, 1: as noisy as DDPM, in [0, 1] (paper: 0 to 1)
+    spacing: Literal["linear", "quadratic"] = "linear"  # of the steps (paper: both)
+    sigma_hat: bool = False  # with eta 1: the larger noise of Sec. 5 (paper: Table 1)
+    clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: no)
+    n_samples: int = 64  # pictures drawn at the end, >= 1
     # data
-    dataset: str = "digits"          # digits, mnist, cifar10, folder:PATH, ... (paper: cifar10)
-    image_size: int = 0              # resize the pictures to this size; 0 keeps theirs
-    flip: bool = False               # mirror pictures at random (paper: yes; never for digits)
+    dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: cifar10)
+    image_size: int = 0  # resize pictures to this side, >= 0; 0 keeps theirs
+    flip: bool = False  # mirror pictures at random (paper: yes; never for digits)
     # network
-    channels: int = 32               # base width of the U-Net (paper: 128)
-    mults: tuple[int, ...] = (1, 2)  # width of each level as a multiple (paper: 1 2 2 2)
-    blocks: int = 1                  # residual blocks a level (paper: 2)
-    attention: tuple[int, ...] = (7,)    # resolutions with self-attention (paper: 16)
-    heads: int = 1                   # attention heads (paper: 1)
-    groups: int = 8                  # groups of each group norm (paper: 32)
-    dropout: float = 0.0             # dropout in the residual blocks (paper: 0.1)
-    patch: int = 2                   # side of the pixel blocks made channels (paper: none, 1)
+    channels: int = 32  # base width of the U-Net, >= 4 (code: 128)
+    mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (code: 1 2 2 2)
+    blocks: int = 1  # residual blocks a level, >= 1 (paper: 2)
+    attention: tuple[int, ...] = (7,)  # sides with self-attention, >= 1 (paper: 16)
+    heads: int = 1  # attention heads, >= 1 (code: 1)
+    groups: int = 8  # groups of each group norm, >= 1 (code: 32)
+    dropout: float = 0.0  # in the residual blocks, in [0, 1) (paper: 0.1)
+    patch: int = 2  # side of the pixel blocks made channels, >= 1 (paper: none, 1)
     # training
-    steps: int = 8000                # optimiser steps (paper: 800000)
-    batch_size: int = 32             # pictures a step, over all processes (paper: 128)
-    lr: float = 2e-3                 # peak learning rate (paper: 2e-4)
-    warmup: int = 200                # steps of linear learning-rate warm-up (paper: 5000)
-    decay: str = "cosine"            # after the warm-up: cosine to 0, or constant (paper: constant)
-    weight_decay: float = 0.0        # AdamW's weight decay; 0 makes it Adam (paper: 0)
-    grad_clip: float = 1.0           # largest norm of the gradient (paper: 1)
-    ema: float = 0.999               # decay of the average of the weights (paper: 0.9999)
-    preview_every: int = 2000        # steps between previews and checkpoints
+    steps: int = 8000  # optimiser steps, >= 1 (paper: 800000)
+    batch_size: int = 32  # pictures a step, over all processes, >= 1 (paper: 128)
+    lr: float = 2e-3  # peak learning rate, > 0 (paper: 2e-4)
+    warmup: int = 200  # steps until the peak learning rate, >= 0 (code: 5000)
+    decay: Literal["cosine", "constant"] = "cosine"  # of the rate (paper: constant)
+    weight_decay: float = 0.0  # of AdamW, >= 0; 0 makes it Adam (paper: 0)
+    grad_clip: float = 1.0  # largest norm of the gradient, > 0 (code: 1)
+    ema: float = 0.999  # decay of the weights' average, in [0, 1) (paper: 0.9999)
+    preview_every: int = 2000  # steps between previews and checkpoints, >= 1
 
 
 PRESETS = {
     "laptop": Config(),
     "smoke": Config(
-        T=20, S=5, n_samples=4, channels=8, groups=4, steps=6, batch_size=8, warmup=2,
-        preview_every=3),
-    "paper": Config(S=100, spacing="quadratic", dataset="cifar10", flip=True, channels=128,
-                    mults=(1, 2, 2, 2), blocks=2, attention=(16,), groups=32, dropout=0.1, patch=1,
-                    steps=800_000, batch_size=128, lr=2e-4, warmup=5000, decay="constant",
-                    ema=0.9999, preview_every=5000),
+        T=20, channels=8, groups=4, steps=6, batch_size=8, warmup=2, preview_every=3,
+        S=5, n_samples=4),
+    "paper": Config(  # CIFAR-10, [DDPM] App. B
+        dataset="cifar10", flip=True, channels=128, mults=(1, 2, 2, 2), blocks=2,
+        attention=(16,), groups=32, dropout=0.1, patch=1, steps=800_000, batch_size=128,
+        lr=2e-4, warmup=5000, decay="constant", ema=0.9999, preview_every=5000,
+        S=100, spacing="quadratic", clip_x0=False),
 }
-# what may change when a trained model is loaded
-SAMPLING = ("S", "eta", "spacing", "sigma_hat", "clip_x0", "n_samples")
 
 
-def validate(cfg):
-    """End the program with one line if a value is out of range."""
-    check(cfg, T=">= 1", schedule=("linear", "cosine"), beta_1="(0, 1)", beta_T="(0, 1)",
-          S=">= 1", eta="[0, 1]", spacing=("linear", "quadratic"), n_samples=">= 1",
-          image_size=">= 0", channels=">= 4",
-          mults=">= 1", blocks=">= 1", attention=">= 1", heads=">= 1", groups=">= 1",
-          dropout="[0, 1)", patch=">= 1", steps=">= 1", batch_size=">= 1", lr="> 0", warmup=">= 0",
-          decay=("cosine", "constant"), weight_decay=">= 0", grad_clip="> 0", ema="[0, 1)",
-          preview_every=">= 1")
-    if cfg.S > cfg.T:
-        fail(f"--S {cfg.S}: must be in [1, {cfg.T}], the number of diffusion steps --T")
-    if cfg.sigma_hat and cfg.eta != 1:
-        fail(f"--eta {cfg.eta}: must be 1 with --sigma_hat (App. D.3)")
-    if not cfg.mults:
-        fail("--mults: needs at least one number")
-    if cfg.channels % 2:
-        fail(f"--channels {cfg.channels}: must be even (the time embedding pairs sine and cosine)")
-    if cfg.channels % cfg.groups:
-        fail(f"--groups {cfg.groups}: must divide --channels {cfg.channels}")
-    if any(cfg.channels * mult % cfg.heads for mult in cfg.mults):
-        fail(f"--heads {cfg.heads}: must divide the channels of every level "
-             f"({' '.join(str(cfg.channels * mult) for mult in cfg.mults)})")
-
-
-# %% 1. Forward process
+# %% 1. Forward process ([DDPM] Sec. 2)
 
 
 @dataclass
 class Schedule:
-    """betas, alphas, alpha_bars: (T+1,) float32, indexed like the paper: [t] for t = 1..T, [0] is
-    the clean image.
+    """betas, alphas, alpha_bars: (T+1,). [t] is the paper's t, [0] the clean image.
+
+    Functions that need only alpha_bars take only those.
     """
 
     betas: torch.Tensor
@@ -135,15 +107,15 @@ class Schedule:
         return len(self.betas) - 1
 
     def to(self, device):
-        return Schedule(self.betas.to(device), self.alphas.to(device), self.alpha_bars.to(device))
+        arrays = self.betas, self.alphas, self.alpha_bars
+        return Schedule(*(array.to(device) for array in arrays))
 
 
 def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
-    """The variances beta_1..beta_T of the forward process and what follows from them.
+    """The variances beta_1..beta_T of the forward process, and what follows from them.
 
-    kind "linear": Sec. 4 of the paper; beta_1 and beta_T are meant for T = 1000 and are rescaled
-    for another T, so that x_T is noise all the same. kind "cosine": Eq. 17 of Nichol & Dhariwal,
-    arXiv 2102.09672.
+    "linear": [DDPM] Sec. 4; beta_1 and beta_T are those of T = 1000, rescaled for
+    another T, so that x_T is noise all the same. "cosine": arXiv 2102.09672, Eq. 17.
     """
     if kind == "linear":
         betas = torch.linspace(beta_1, beta_T, T, dtype=torch.float64) * 1000 / T
@@ -152,145 +124,154 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = 1 - f[1:] / f[:-1]
     else:
-        raise ValueError(f"schedule {kind!r}: must be linear or cosine")
-    betas = F.pad(betas.clamp(max=0.999), (1, 0))  # betas[0] = 0: t = 0 is the clean image
-    alphas = 1 - betas
-    alpha_bars = alphas.cumprod(0)
+        raise ValueError(f"schedule {kind}: must be one of linear, cosine")
+    betas = F.pad(betas.clamp(max=0.999), (1, 0))  # betas[0] = 0: the clean image
+    alphas = 1 - betas  # [DDPM] Sec. 2
+    alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 ... alpha_t
     return Schedule(betas.float(), alphas.float(), alpha_bars.float())
 
 
 def q_sample(x0, t, eps, alpha_bars):
-    """x_t given x_0. x0, eps: (B, C, H, W), t: int or (B,) int64 in 0..T. Source: Eq. 4."""
+    """x_t given x_0. x0, eps: (B, C, H, W), t: int or (B,) int64 in 0..T."""
     alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
-    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps  # Eq. 4
+    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps  # [DDPM] Eq. 4
 
 
-# %% 2. Training objective
+# %% 2. Training objective ([DDPM] Sec. 3.4)
 
 
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
-    """The simple objective: mean squared error of the predicted noise. x0: (B, C, H, W) -> scalar.
+    """The simple objective: x0: (B, C, H, W) -> scalar. Source: [DDPM] Eq. 14.
 
-    t: (B,) int64 in 1..T and eps like x0 are drawn unless they are given. Source: Eq. 14, Alg. 1.
+    The bound of Eq. 3 in the form of Eq. 12, without its weight
+    beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
+    the bound. t: (B,) int64 in 1..T and eps, like x0, are drawn unless they are given.
     """
     if t is None:
-        t = torch.randint(1, schedule.T + 1, (len(x0),), device=x0.device)  # Alg. 1, line 3
+        t = torch.randint(1, schedule.T + 1, (len(x0),), device=x0.device)
     if eps is None:
-        eps = torch.randn_like(x0)  # Alg. 1, line 4
+        eps = torch.randn_like(x0)  # [DDPM] Alg. 1, lines 3 and 4
     xt = q_sample(x0, t, eps, schedule.alpha_bars)
-    return F.mse_loss(model(xt, t), eps)  # Eq. 14; Alg. 1, line 5
+    return F.mse_loss(model(xt, t), eps)  # [DDPM] Alg. 1, line 5
 
 
 # %% 3. Sampling
 
 
-def predict_x0(model, xt, t, schedule, clip_x0=True):
-    """The network's guess of x_0 behind x_t. xt: (B, C, H, W), t: int in 1..T -> like xt. Source:
-    Eq. 15.
+def predict_x0(xt, eps_hat, t, alpha_bars):
+    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 1..T."""
+    alpha_bar = alpha_bars[t]
+    return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()  # [DDPM] Eq. 15
+
+
+def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
+    """eps_hat = eps_theta(x_t, t), like xt: (B, C, H, W). t: int in 1..T.
+
+    clip_x0: x0_hat is clamped, and the eps_hat that leads to it is returned.
     """
-    alpha_bar = schedule.alpha_bars[t]
     eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
-    x0_hat = (
-        xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()  # Eq. 15: Eq. 4 solved for x_0
-    return x0_hat.clamp(-1, 1) if clip_x0 else x0_hat
+    if clip_x0:
+        x0_hat = predict_x0(xt, eps_hat, t, alpha_bars).clamp(-1, 1)
+        alpha_bar = alpha_bars[t]
+        eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
+    return eps_hat
 
 
 def ddim_timesteps(T, S, spacing="linear"):
-    """The sub-sequence tau of 1..T: S distinct ascending ints that end in T. Source: App. D.2."""
-    if spacing == "quadratic":
+    """tau: S distinct ascending ints of 1..T that end in T. Source: [DDIM] App. D.2."""
+    if not 1 <= S <= T:
+        raise ValueError(f"S {S}: must be in [1, {T}], the number of diffusion steps T")
+    if spacing == "quadratic":  # max: small tau_i stay distinct
         return [max(i, T * i * i // S**2) for i in range(1, S + 1)]
     return [T * i // S for i in range(1, S + 1)]
 
 
-def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None, sigma_hat=False):
-    """One generalised step x_t -> x_{t_prev}. xt, eps_hat, z: (B, C, H, W), t, t_prev: int in 0..T.
+def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None):
+    """One step x_t -> x_{t_prev}. xt, eps_hat, z: (B, C, H, W), t, t_prev: int in 0..T.
 
-    z is needed where eta > 0. sigma_hat: only the noise grows to App. D.3's standard deviation, and
-    none is added on the way to t_prev = 0. Source: Eq. 12 with the sigma of Eq. 16.
+    z ~ N(0, I) is needed where eta > 0. Encoding steps up: there t_prev is above t.
     """
     alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[t_prev]
     sigma = torch.zeros_like(alpha_bar)
     if eta > 0:
-        sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()  # Eq. 16
-        sigma = sigma * (1 - alpha_bar / alpha_bar_prev).sqrt()
-    x0_hat = (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()  # Eq. 9, "predicted x_0"
-    direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps_hat  # "pointing to x_t"
-    x_prev = alpha_bar_prev.sqrt() * x0_hat + direction  # Eq. 12
-    if eta == 0 or t_prev == 0:
-        return x_prev
-    noise = (1 - alpha_bar / alpha_bar_prev).sqrt() if sigma_hat else sigma  # App. D.3
-    return x_prev + noise * z  # Eq. 12, "random noise"
+        sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
+                 * (1 - alpha_bar / alpha_bar_prev).sqrt())  # [DDIM] Eq. 16
+    x0_hat = predict_x0(xt, eps_hat, t, alpha_bars)  # "predicted x_0", [DDIM] Eq. 9
+    to_xt = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
+    x_prev = alpha_bar_prev.sqrt() * x0_hat + to_xt  # "direction pointing to x_t"
+    return x_prev if eta == 0 else x_prev + sigma * z  # [DDIM] Eq. 12
+
+
+def sigma_hat_step(xt, eps_hat, t, t_prev, alpha_bars, eta, z):
+    """ddim_step at eta = 1 with the larger noise sigma_hat. [DDIM] Sec. 5, App. D.3."""
+    mean = ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=1.0, z=0.0)
+    sigma_hat = (1 - alpha_bars[t] / alpha_bars[t_prev]).sqrt()
+    return mean + sigma_hat * z if t_prev > 0 else mean
 
 
 @torch.no_grad()
-def ddim_sample(model, shape, schedule, S=50, eta=0.0, spacing="linear", clip_x0=True, xT=None,
-                sigma_hat=False, bar=None):
-    """From noise to images (B, C, H, W) in S network calls. Source: Eq. 12 along tau, Sec. 4.2.
+def ddim_process(model, xT, schedule, S=50, eta=0.0, spacing="linear", clip_x0=True,
+                 step=ddim_step):
+    """Yields (t, x_t) along tau from T down, then (0, x_0). [DDIM] Eq. 12, Sec. 4.2."""
+    xt, alpha_bars = xT, schedule.alpha_bars
+    tau = [0, *ddim_timesteps(schedule.T, S, spacing)]
+    for i in range(S, 0, -1):
+        yield tau[i], xt
+        eps_hat = predict_eps(model, xt, tau[i], alpha_bars, clip_x0)
+        z = torch.randn_like(xt) if eta > 0 else None
+        xt = step(xt, eps_hat, tau[i], tau[i - 1], alpha_bars, eta, z)
+    yield 0, xt
 
-    xT: the noise to start from (drawn when None). The clamp acts on x0_hat, and eps_hat is computed
-    again from it. bar: a tqdm that is advanced by one a network call.
-    """
-    xt = torch.randn(shape, device=schedule.betas.device) if xT is None else xT
-    taus = [0] + ddim_timesteps(schedule.T, S, spacing)
-    for t, t_prev in zip(taus[:0:-1], taus[-2::-1], strict=True):
-        alpha_bar = schedule.alpha_bars[t]
-        x0_hat = predict_x0(model, xt, t, schedule, clip_x0)
-        eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()  # Eq. 4 solved for eps
-        z = torch.randn_like(xt) if eta > 0 and t_prev > 0 else None
-        xt = ddim_step(xt, eps_hat, t, t_prev, schedule.alpha_bars, eta, z, sigma_hat)
-        if bar is not None:
-            bar.update()
+
+def ddim_sample(model, shape, schedule, S=50, eta=0.0, spacing="linear", clip_x0=True,
+                xT=None):
+    """Images of this shape (B, C, H, W), from the noise xT or from noise drawn here."""
+    xT = torch.randn(shape, device=schedule.betas.device) if xT is None else xT
+    for _, xt in ddim_process(model, xT, schedule, S, eta, spacing, clip_x0):
+        pass  # the last state is x_0
     return xt
 
 
 @torch.no_grad()
 def ddim_invert(model, x0, schedule, S=50, spacing="linear"):
-    """The code x_T of images x0: (B, C, H, W) -> the same shape. Source: Eq. 13, 14 run forwards.
-
-    The Euler step from t needs eps at t, which the network never saw at t = 0: tau_1 stands in.
-    """
-    xt, taus = x0, [0] + ddim_timesteps(schedule.T, S, spacing)
-    for t, t_next in zip(taus[:-1], taus[1:], strict=True):
-        eps_hat = model(xt, torch.full((len(xt),), max(t, taus[1]), device=xt.device))
-        xt = ddim_step(xt, eps_hat, t, t_next, schedule.alpha_bars)  # Eq. 13: eta = 0
+    """x_T that encodes images x0: (B, C, H, W). [DDIM] Sec. 5.4: Eq. 14 reversed."""
+    xt, alpha_bars = x0, schedule.alpha_bars
+    tau = [0, *ddim_timesteps(schedule.T, S, spacing)]
+    for i in range(S):
+        t = max(tau[i], tau[1])  # the network was not trained at t = 0
+        eps_hat = predict_eps(model, xt, t, alpha_bars)
+        xt = ddim_step(xt, eps_hat, tau[i], tau[i + 1], alpha_bars)
     return xt
 
 
 def slerp(a, b, share):
-    """Spherical interpolation from a (share = 0) to b (share = 1). Source: App. D.5.
-
-    a, b: (B, ...); one angle theta a sample, over all but the first dimension.
-    """
-    flat_a, flat_b = a.flatten(1), b.flatten(1)
-    theta = torch.acos(F.cosine_similarity(flat_a, flat_b).clamp(-1, 1))
-    theta = theta.clamp(min=1e-4).view(-1, *[1] * (a.ndim - 1))  # parallel: in the limit a line
-    return ((1 - share) * theta).sin() / theta.sin() * a + (share * theta).sin() / theta.sin() * b
+    """Spherical interpolation, a (share 0) to b (share 1): (B, ...). [DDIM] App. D.5"""
+    theta = torch.acos(F.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1))
+    theta = theta.clamp(min=1e-4)  # between parallel vectors a line, the limit
+    theta = theta.view(-1, *[1] * (a.ndim - 1))
+    return (((1 - share) * theta).sin() * a + (share * theta).sin() * b) / theta.sin()
 
 
 # %% 4. Network
 
 
 def timestep_embedding(t, dim):
-    """Sinusoidal features of t: (B,) -> (B, dim). Source: App. B, after Vaswani et al., arXiv
-    1706.03762.
-    """
-    half = dim // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / (half - 1))
-    angles = t.float()[:, None] * frequencies[None, :]
+    """Sines and cosines of t: (B,) -> (B, dim). arXiv 1706.03762, Sec. 3.5."""
+    k, last = torch.arange(dim // 2, device=t.device), dim // 2 - 1
+    frequencies = torch.exp(-math.log(10000) * k / last)
+    angles = t.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def zero_init(layer):
-    """A layer that starts as the zero map, so that its residual block starts as the identity."""
+    """A layer that starts as zero, so that its residual block starts as identity."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with the time embedding added in between. (B, c_in, H, W) -> (B, c_out,
-    H, W).
-    """
+    """Two convolutions and the time. (B, c_in, H, W) -> (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -328,7 +309,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution by a strided convolution. (B, C, H, W) -> (B, C, H/2, W/2)."""
+    """Half the resolution, by a stride of 2. (B, C, H, W) -> (B, C, H/2, W/2)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -339,9 +320,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the resolution by nearest neighbour and convolve. (B, c_in, H, W) -> (B, c_out, 2H,
-    2W).
-    """
+    """Twice the resolution, by copies. (B, c_in, H, W) -> (B, c_out, 2H, 2W)."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -349,29 +328,49 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c_out, c_out, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(self.narrow(x), scale_factor=2.0, mode="nearest"))
+        x = F.interpolate(self.narrow(x), scale_factor=2.0, mode="nearest")
+        return self.conv(x)
+
+
+def check_sizes(image_size, channels, mults, heads, groups, patch):
+    """ValueError where no U-Net of these sizes can be built."""
+    if not mults:
+        raise ValueError("mults: needs at least one number")
+    multiple = patch * 2 ** (len(mults) - 1)
+    if image_size % multiple:
+        low = image_size // multiple * multiple
+        near = ", ".join(str(size) for size in (low, low + multiple) if size)
+        raise ValueError(f"image_size {image_size}: must be a multiple of {multiple} "
+                         f"(patch {patch}, {len(mults)} levels), nearest: {near}")
+    if channels % 2:
+        raise ValueError(f"channels {channels}: must be even (sines and cosines of t)")
+    for name, divisor in (("groups", groups), ("heads", heads)):
+        if channels % divisor:
+            raise ValueError(f"{name} {divisor}: must divide channels {channels}")
 
 
 class UNet(nn.Module):
-    """eps_hat(x_t, t): x: (B, C, H, W), t: (B,) int64 or float -> (B, C, H, W). Source: App. B.
+    """eps_hat(x_t, t). x: (B, C, H, W), t: (B,) int64 or float -> like x.
 
-    H and W must be multiples of patch * 2^(levels - 1). attention: resolutions, counted after the
-    patching, at which each residual block is followed by self-attention; the middle always has it.
+    H and W are multiples of patch * 2^(levels - 1). attention: the resolutions, after
+    patching, where self-attention follows each residual block; it always stands in the
+    middle. Source: [DDPM] App. B.
     """
 
-    def __init__(self, image_channels=3, image_size=32, channels=128, mults=(1, 2, 2, 2), blocks=2,
-                 attention=(16,), heads=1, groups=32, dropout=0.1, patch=1,
-                 grad_checkpointing=False):
+    def __init__(self, image_channels=3, image_size=32, channels=128,
+                 mults=(1, 2, 2, 2), blocks=2, attention=(16,), heads=1, groups=32,
+                 dropout=0.1, patch=1):
         super().__init__()
-        self.channels, self.patch, self.grad_checkpointing = channels, patch, grad_checkpointing
-        self.multiple = patch * 2 ** (len(mults) - 1)
+        check_sizes(image_size, channels, mults, heads, groups, patch)
+        self.channels, self.patch = channels, patch
         time_dim = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, time_dim), nn.SiLU(),
                                   nn.Linear(time_dim, time_dim))
 
         def stage(c_in, c_out):
             block = ResBlock(c_in, c_out, time_dim, groups, dropout)
-            attend = Attention(c_out, heads, groups) if size in attention else nn.Identity()
+            attends = size in attention
+            attend = Attention(c_out, heads, groups) if attends else nn.Identity()
             return nn.ModuleList([block, attend])
 
         c, size = channels, image_size // patch
@@ -397,338 +396,230 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), channels * mult))
                 c = channels * mult
             if level > 0:
-                narrow = channels * mults[level - 1] if patch > 1 else c  # a narrow up path
-                self.up.append(Upsample(c, narrow))
-                c, size = narrow, size * 2
+                c_up = channels * mults[level - 1] if patch > 1 else c  # cheaper
+                self.up.append(Upsample(c, c_up))
+                c, size = c_up, size * 2
         self.norm_out = nn.GroupNorm(groups, c)
         self.conv_out = zero_init(nn.Conv2d(c, image_channels * patch**2, 3, padding=1))
 
-    def _stage(self, stage, h, emb):
-        block, attention = stage
-        if self.grad_checkpointing and self.training:
-            return attention(checkpoint(block, h, emb, use_reentrant=False))
-        return attention(block(h, emb))
-
     def forward(self, x, t):
-        emb = self.time(timestep_embedding(t, self.channels))
+        emb = self.time(timestep_embedding(t, self.channels).to(x.dtype))
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for module in self.down:
-            h = module(h) if isinstance(module, Downsample) else self._stage(module, h, emb)
+            if isinstance(module, Downsample):
+                h = module(h)
+            else:
+                block, attention = module
+                h = attention(block(h, emb))
             skips.append(h)
         h = self.mid2(self.mid_attention(self.mid1(h, emb)), emb)
         for module in self.up:
             if isinstance(module, Upsample):
                 h = module(h)
             else:
-                h = self._stage(module, torch.cat([h, skips.pop()], dim=1), emb)
+                block, attention = module
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), emb))
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 
-def make_unet(cfg, shape, grad_checkpointing=False):
-    """The U-Net that cfg describes, for images of shape (C, H, W); one that cannot be is fatal."""
-    C, H, W = shape
-    multiple = cfg.patch * 2 ** (len(cfg.mults) - 1)
-    if H % multiple or W % multiple:
-        low = H // multiple * multiple
-        sizes = ", ".join(str(s) for s in (low, low + multiple) if s > 0)
-        fail(f"--image_size {H}: must be a multiple of {multiple} (patch {cfg.patch}, "
-             f"{len(cfg.mults)} levels); nearest sizes that work: {sizes}")
-    return UNet(C, H, cfg.channels, cfg.mults, cfg.blocks, cfg.attention, cfg.heads, cfg.groups,
-                cfg.dropout, cfg.patch, grad_checkpointing)
-
-
-class EMA:
-    """An exponential moving average of a model's weights, in `ema.model`.
-
-    The decay min(decay, (1 + n) / (10 + n)) lets it follow the fast first n steps; buffers are
-    copied.
-    """
-
-    def __init__(self, model, decay):
-        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
-
-    @torch.no_grad()
-    def update(self, model, n):
-        decay = min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
-        for mine, other in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(other)
+def make_unet(cfg, shape):
+    """The U-Net that cfg describes, for images of shape (C, H, W)."""
+    return UNet(shape[0], shape[1], cfg.channels, cfg.mults, cfg.blocks, cfg.attention,
+                cfg.heads, cfg.groups, cfg.dropout, cfg.patch)
 
 
 # %% 5. Training
 
 
-def learning_rate(cfg, step):
-    """Linear warm-up over cfg.warmup steps, then constant or a cosine to zero at cfg.steps."""
-    rate = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
-    if cfg.decay == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
-    return rate
+class EMA:
+    """An exponential moving average of a model's weights, in `ema.model`.
 
-
-def train(cfg, run, data=None, state=None):
-    """Algorithm 1. Returns the averaged (EMA) model in eval mode; writes log and checkpoint.
-
-    data: common.data.Data (loaded from cfg.dataset when None); state: a checkpoint to go on from.
-    Ends the program, naming the step, if the loss stops being finite; the last good checkpoint
-    stays.
+    The decay min(decay, (1 + n) / (10 + n)) lets it follow the fast first n steps.
     """
-    device, opts = run.device, run.opts
-    data = load_images(cfg.dataset, cfg.image_size).to(device) if data is None else data
-    shape = data.train.shape[1:]
-    schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(device)
-    model = make_unet(cfg, shape, opts.grad_checkpointing)
-    model = model.to(device, memory_format=torch.channels_last)
+
+    def __init__(self, model, decay):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model, n):
+        decay = min(self.decay, (1 + n) / (10 + n))
+        weights = list(self.model.parameters())
+        torch._foreach_lerp_(weights, list(model.parameters()), 1 - decay)
+        for buffer, other in zip(self.model.buffers(), model.buffers(), strict=True):
+            buffer.copy_(other)  # buffers are not averaged
+
+
+def train(cfg, run, data):
+    """Train on data.train; returns the averaged network in eval mode. [DDPM] Alg. 1."""
+    schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
+    model = run.place(make_unet(cfg, data.shape))
     ema = EMA(model, cfg.ema)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay,
-                                  fused=device.type != "mps")
-    scaler = torch.amp.GradScaler(device.type, enabled=opts.amp == "fp16")
-    first = resume_training(state, model, ema.model, optimizer, run) if state else 0
-    if cfg.batch_size % run.launch.world:
-        fail(f"--batch_size {cfg.batch_size}: must be a multiple of {run.launch.world} processes")
-    network = torch.compile(model) if opts.compile else model
-    parameters = list(model.parameters())
-    core, start_time, done, saved = Stopwatch(device), time.perf_counter(), first, first
+    optimizer = torch.optim.AdamW(
+        model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
 
-    def save(step):
-        run.save_checkpoint(step, {"model": model, "ema": ema.model}, optimizer, shape=list(shape))
+    def preview(step):
+        figure_preview(run, ema.model, data, schedule, step)
 
-    if first == 0:
-        save(0)
-    for step in run.steps(first, cfg.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step)
-        # every process draws the same whole batch and takes its slice
-        x0 = data.train[
-            torch.randint(len(data.train), (cfg.batch_size,), device=device)]  # Alg. 1, line 2
-        if cfg.flip:
-            x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
-        t = torch.randint(1, cfg.T + 1, (cfg.batch_size,), device=device)  # Alg. 1, line 3
-        eps = torch.randn_like(x0)  # Alg. 1, line 4
-        x0, t, eps = (run.launch.shard(z) for z in (x0, t, eps))
-        with core:
-            with autocast(device, opts.amp):
-                loss = ddpm_loss(network, x0, schedule, t, eps)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()  # Alg. 1, line 5
-            scaler.unscale_(optimizer)
-            run.launch.average([p.grad for p in parameters] + [loss.detach()])
-            value = loss.item()
-            if not math.isfinite(value):
-                fail(f"the loss is {value} at step {step + 1}, --lr {cfg.lr:g} may be too high; "
-                     f"the last good checkpoint is that of step {saved} in {run.folder}")
-            norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
+    for step in run.training(cfg.steps, model, optimizer, preview, ema=ema.model):
+        x0, _ = run.batch(data, cfg.batch_size, cfg.flip)  # [DDPM] Alg. 1, line 2
+        loss = ddpm_loss(model, x0, schedule)  # [DDPM] Alg. 1, lines 3 to 5
+        optimizer.zero_grad()
+        run.backward(loss, optimizer, cfg.grad_clip)  # line 5: the gradient, clipped
+        optimizer.step()
         ema.update(model, step)
-        done = step + 1
-        run.log(done, loss=value, grad_norm=norm.item(), lr=learning_rate(cfg, step))
-        run.bar.set_postfix(loss=f"{value:.4f}", refresh=False)
-        if done % cfg.preview_every == 0 and done < cfg.steps:
-            save(done)
-            saved = done
-            figure_preview(run, ema.model, data, schedule, done)
-    save(done)
-    seconds = time.perf_counter() - start_time
-    before = run.read_metrics().get("train_seconds", 0.0) if state else 0.0
-    run.add_metrics(steps=done, train_seconds=before + seconds,
-                    steps_per_second=(done - first) / seconds,
-                    share_outside_core=1 - core.seconds / seconds,
-                    parameters=sum(p.numel() for p in parameters),
-                    train_loss_last_500=sum(run.read_log()["loss"][-500:]) / min(500, done)
-                    if run.launch.main else None)
     return ema.model
 
 
 # %% 6. Figures and main
 
 
-def timed_sample(run, model, noise, schedule, cfg, **changes):
-    """ddim_sample with cfg's settings from given noise. Returns (images, seconds)."""
-    how = {k: getattr(cfg, k) for k in ("S", "eta", "spacing", "clip_x0", "sigma_hat")} | changes
-    watch = Stopwatch(run.device)
-    with watch:
-        x = ddim_sample(model, noise.shape, schedule, xT=noise, **how)
-    return x, watch.seconds
-
-
-def step_counts(T, wanted=(5, 10, 20, 50, 100, 1000)):
-    """The step counts of the figures that a model with T steps allows, T itself the last."""
-    return sorted({S for S in wanted if S < T} | {T})
-
-
-def figure_steps(run, model, schedule, cfg, shape):
-    """steps.png: the same noises with more and more steps. Returns the seconds for each S."""
-    noise, rows, labels, seconds = torch.randn(8, *shape, device=run.device), [], [], {}
-    for S in step_counts(cfg.T):
-        x, seconds[S] = timed_sample(run, model, noise, schedule, cfg, S=S, eta=0.0,
-                                     sigma_hat=False)
-        rows.append(x)
-        labels.append(f"S = {S}\n{S} calls, {seconds[S]:.2f} s")
-    plotting.save_rows(run.path("steps.png"), rows, "The same noise gives the same picture, "
-                       "in few steps or many (eta = 0)", labels)
-    return seconds
-
-
-def figure_eta(run, model, schedule, cfg, shape):
-    """eta.png: from deterministic to as noisy as DDPM, from the same noises."""
-    noise, etas = torch.randn(8, *shape, device=run.device), (0.0, 0.2, 0.5, 1.0)
-    rows = [timed_sample(run, model, noise, schedule, cfg, eta=eta, sigma_hat=False)[0]
-            for eta in etas]
-    plotting.save_rows(run.path("eta.png"), rows, f"More noise on the way, {cfg.S} steps: "
-                       "eta = 0 is fixed by its start, eta = 1 is not",
-                       [f"eta = {eta:g}" for eta in etas])
-
-
-def figure_interpolation(run, model, schedule, cfg, shape):
-    """interpolation.png: between two noises along the sphere, and along the straight line."""
-    ends = torch.randn(2, 2, *shape, device=run.device)
-    shares = torch.linspace(0, 1, 9).tolist()
-    rows, labels = [], []
-    for a, b in zip(ends[0], ends[1], strict=True):
-        paths = {"slerp": [slerp(a[None], b[None], share)[0] for share in shares],
-                 "linear": [(1 - share) * a + share * b for share in shares]}
-        for name, path in paths.items():
-            codes = torch.stack(path)
-            rows += timed_sample(run, model, codes, schedule, cfg, eta=0.0, sigma_hat=False)[:1]
-            labels.append(name)
-    plotting.save_rows(run.path("interpolation.png"), rows, "Between two noises: the straight line "
-                       "leaves the sphere where noise lives", labels,
-                       [f"{share:.2f}" for share in shares])
-
-
-def figure_reconstruction(run, model, schedule, cfg, data):
-    """reconstruction.png: image, code, reconstruction. Returns the root-mean-square error by S."""
-    x0, rows, labels, errors = data.test[:8], [data.test[:8]], ["held out"], {}
-    for S in [S for S in (5, 10, 20, 50, 100, 200) if S < cfg.T] or [cfg.T]:
-        code = ddim_invert(model, x0, schedule, S, cfg.spacing)
-        x, _ = timed_sample(run, model, code, schedule, cfg, S=S, eta=0.0, sigma_hat=False,
-                            clip_x0=False)
-        errors[S] = (x - x0).square().mean().sqrt().item()
-        rows.append(x)
-        labels.append(f"S = {S}\nerror {errors[S]:.3f}")
-    rows.insert(1, code)
-    labels.insert(1, "its code x_T")
-    plotting.save_rows(run.path("reconstruction.png"), rows, "Encode, then decode: the error "
-                       "falls as the steps grow (eta = 0)", labels)
-    return errors
+@torch.no_grad()
+def figure_preview(run, model, data, schedule, step):
+    """preview.png: x0_hat of held-out x_t at a few t: one network call, no sampling."""
+    x0 = data.test[:6]
+    generator = torch.Generator().manual_seed(0)  # training draws are left alone
+    eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+    rows, labels = [x0], ["held out"]
+    for share in (0.1, 0.3, 0.5, 0.7):
+        t = max(1, round(schedule.T * share))
+        xt = q_sample(x0, t, eps, schedule.alpha_bars)
+        eps_hat = predict_eps(model, xt, t, schedule.alpha_bars)
+        rows += [xt, predict_x0(xt, eps_hat, t, schedule.alpha_bars)]
+        labels += [f"x_t, t = {t}", "x0_hat"]
+    title = f"What one network call recovers, step {step}"
+    plotting.table(run.path("preview.png"), rows, title, labels)
 
 
 @torch.no_grad()
-def figure_preview(run, model, data, schedule, step):
-    """preview.png: x0_hat of held-out x_t at a few t, one network call, no sampling."""
-    if not run.launch.main:
-        return
-    x0 = data.test[:6]
-    ts = [max(1, round(schedule.T * share)) for share in (0.1, 0.3, 0.5, 0.7)]
-    generator = torch.Generator().manual_seed(
-        0)  # its own, so that previews leave the training draws alone
-    eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-    rows = [x0]
-    for t in ts:
-        xt = q_sample(x0, t, eps, schedule.alpha_bars)
-        rows += [xt, predict_x0(model, xt, t, schedule)]
-    labels = ["held out"] + [label for t in ts for label in (f"x_t, t = {t}", "x0_hat")]
-    plotting.save_rows(
-        run.path("preview.png"), rows, f"What one network call recovers, step {step}", labels)
+def figure_loss(run, model, data, schedule):
+    """loss.png: the training loss, and the held-out loss by t."""
+    x0 = data.test[:200]
+
+    def loss(low, high):
+        t = torch.randint(low, max(high, low + 1), (len(x0),), device=x0.device)
+        return ddpm_loss(model, x0, schedule, t).item()
+
+    edges = [1 + schedule.T * i // 10 for i in range(11)]
+    plotting.curves(run.path("loss.png"), [
+        plotting.loss_curve(run.read_log(), "training loss"),
+        plotting.loss_by_t(loss, edges, "held-out loss by t")])
 
 
-def figure_samples(run, samples, data, cfg):
-    """samples.png: samples beside real pictures."""
-    n = min(64, len(samples))
-    plotting.save_panels(run.path("samples.png"), [
-        (f"{cfg.S} steps, eta = {cfg.eta:g}", samples[:n]), ("real, held out", data.test[:n])],
-        "Drawn from noise in few steps, beside the real thing", max(1, math.isqrt(n)))
+@torch.no_grad()
+def figure_denoising(run, model, states, alpha_bars):
+    """denoising.gif: x_t on its way; denoising.png: x_t, and below it x0_hat."""
+    *states, end = states
+    frames, columns = plotting.evenly([*states, end], 33), plotting.evenly(states, 8)
+    captions = [f"t = {t}" for t, _ in frames]
+    plotting.gif(run.path("denoising.gif"), [xt for _, xt in frames], 3, captions)
+
+    xts = torch.stack([xt[:3] for _, xt in columns], dim=1)  # (3, 8, C, H, W)
+    x0_hats = torch.stack([
+        predict_x0(xt[:3], predict_eps(model, xt[:3], t, alpha_bars), t, alpha_bars)
+        for t, xt in columns], dim=1)
+    rows = torch.stack([xts, x0_hats], dim=1).flatten(0, 1)
+    plotting.table(run.path("denoising.png"), list(rows), "x_t and x0_hat on the way",
+                   ["x_t", "x0_hat"] * 3, [f"t = {t}" for t, _ in columns])
 
 
-def figure_loss(run):
-    """loss.png: the training loss, where this run trained."""
-    log = run.read_log()
-    if log:
-        figure, axis = plt.subplots(figsize=(5.5, 3.4))
-        axis.plot(log["step"], log["loss"], lw=0.4, alpha=0.35)
-        axis.plot(log["step"], plotting.smooth(log["loss"], 100), lw=1.8)
-        axis.set(xlabel="step", yscale="log", title="training loss: the same as DDPM's (Eq. 5)")
-        plotting.finish(figure, run.path("loss.png"))
+def figure_steps(run, cfg, model, schedule, shape):
+    """steps.png: the same noises in more and more steps; eta.png: with more noise."""
+    xT = torch.randn(8, *shape, device=run.device)
+    counts = [S for S in (5, 10, 20, 50, 100) if S < cfg.T] + [cfg.T]
+    rows = [ddim_sample(model, xT.shape, schedule, S, 0.0, cfg.spacing, cfg.clip_x0, xT)
+            for S in counts]
+    plotting.table(run.path("steps.png"), rows, "One noise a column, S steps, eta = 0",
+                   [f"S = {S}" for S in counts])
+
+    etas = (0.0, 0.2, 0.5, 1.0)
+    rows = [ddim_sample(model, xT.shape, schedule, cfg.S, eta, cfg.spacing, cfg.clip_x0,
+                        xT) for eta in etas]
+    plotting.table(run.path("eta.png"), rows, f"One noise a column, {cfg.S} steps",
+                   [f"eta = {eta:g}" for eta in etas])
 
 
-def evaluate(run, model, schedule, cfg, data, n, batch_size=100):
-    """quality.png: Fréchet distance against S for eta = 0, 1 and sigma_hat: Table 1 in small."""
-    classifier, _ = metrics.load_classifier(data)
-    rows = {"DDIM, eta = 0": {"eta": 0.0, "sigma_hat": False},
-            "DDPM, eta = 1": {"eta": 1.0, "sigma_hat": False},
-            "DDPM, sigma_hat": {"eta": 1.0, "sigma_hat": True}}
-    counts = sorted({S for S in (10, 20, 50, 100) if S < cfg.T} | {cfg.T})
-    noise, table = torch.randn(n, *data.train.shape[1:], device=run.device), {}
-    jobs = [(name, S) for S in counts for name in rows if S < cfg.T or name != "DDPM, sigma_hat"]
-    calls = sum(S for _, S in jobs) * len(noise.split(batch_size))
-    with tqdm(total=calls, desc=f"evaluate {n}", unit="call") as bar:
-        for name, S in jobs:
-            watch = Stopwatch(run.device)
-            with watch:
-                x = torch.cat([ddim_sample(
-                    model, part.shape, schedule, S, rows[name]["eta"], cfg.spacing, cfg.clip_x0,
-                    part, rows[name]["sigma_hat"], bar) for part in noise.split(batch_size)])
-            scores = metrics.quality(x, data, classifier)
-            table.setdefault(name, {})[S] = scores | {"seconds": watch.seconds}
-            run.add_metrics(evaluation=table)
-    figure, axis = plt.subplots(figsize=(6.5, 3.8))
-    for name, found in table.items():
-        distances = [row["frechet_distance"] for row in found.values()]
-        axis.plot(list(found), distances, "o-", label=name)
-    axis.axhline(scores["frechet_distance_of_held_out"], color="0.5", ls=":", label="held-out data")
-    axis.set(xscale="log", xlabel="steps S", ylabel="Fréchet distance in features",
-             title=f"How many steps are enough? {n} samples a point")
-    axis.set_ylim(bottom=0)
-    axis.set_xticks(counts, [str(S) for S in counts])
-    axis.minorticks_off()
-    axis.legend(frameon=False)
-    plotting.finish(figure, run.path("quality.png"))
+def figure_interpolation(run, cfg, model, schedule, shape):
+    """interpolation.png: between two noises, along the sphere and along the line."""
+    shares = torch.linspace(0, 1, 9, device=run.device).view(-1, 1, 1, 1)
+    rows = []
+    for _ in range(2):
+        a, b = torch.randn(2, 1, *shape, device=run.device).expand(2, 9, *shape)
+        for xT in (slerp(a, b, shares), (1 - shares) * a + shares * b):
+            rows.append(ddim_sample(model, xT.shape, schedule, cfg.S, 0.0, cfg.spacing,
+                                    cfg.clip_x0, xT))
+    plotting.table(run.path("interpolation.png"), rows, "Between two noises (eta = 0)",
+                   ["slerp", "linear"] * 2, [f"{u:.2f}" for u in shares.flatten()])
 
 
-def main(argv=None):
-    """Read the command line, train (or load), sample, draw the figures, measure."""
-    begin = time.perf_counter()
-    cfg, opts = parse_args(Config, PRESETS, argv, SAMPLING)
-    validate(cfg)
-    place = launch(opts.device)
-    autocast(place.device, opts.amp)  # refuses what this device cannot do, before anything is made
-    cfg, run, state = start("ddim", Config, cfg, opts, place, validate, reads=("ddpm",))
-    data = load_images(cfg.dataset, cfg.image_size).to(place.device)
-    if opts.evaluate and data.train_labels is None:
-        fail(f"--evaluate {opts.evaluate}: --dataset {cfg.dataset} has no labels to score by")
-    schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(place.device)
-    if opts.sample is None:
-        model = train(cfg, run, data, state)
-    else:
-        model = make_unet(cfg, state["shape"]).eval()
-        model = model.to(place.device, memory_format=torch.channels_last)
-        restore(model, state["ema"])
-    if not place.main:
-        return
-    run.say(f"writing to {run.folder}")
-    shape = tuple(data.train.shape[1:])
-    noise = torch.randn(cfg.n_samples, *shape, device=run.device)
-    samples, seconds = timed_sample(run, model, noise, schedule, cfg)
-    run.add_metrics(sampling={"seconds": seconds, "n": cfg.n_samples, "network_calls": cfg.S})
-
-    figure_loss(run)
-    figure_samples(run, samples, data, cfg)
-    run.add_metrics(seconds_of_8_by_S=figure_steps(run, model, schedule, cfg, shape))
-    figure_eta(run, model, schedule, cfg, shape)
-    figure_interpolation(run, model, schedule, cfg, shape)
-    errors = figure_reconstruction(run, model, schedule, cfg, data)
+def figure_reconstruction(run, cfg, model, schedule, data):
+    """reconstruction.png: pictures, their codes, what comes back of them."""
+    x0, errors, rows = data.test[:8], {}, []
+    for S in [S for S in (5, 10, 20, 50, 100, 200) if S < cfg.T] or [cfg.T]:
+        xT = ddim_invert(model, x0, schedule, S, cfg.spacing)
+        back = ddim_sample(model, x0.shape, schedule, S, 0.0, cfg.spacing, False, xT)
+        errors[S] = (back - x0).square().mean().sqrt().item()
+        rows.append(back)
+    labels = [f"S = {S}\n{error:.3f}" for S, error in errors.items()]
+    plotting.table(run.path("reconstruction.png"), [x0, xT, *rows],
+                   "Encoded and decoded in S steps each, with the rms error a pixel",
+                   ["held out", "x_T", *labels])
     run.add_metrics(reconstruction_error_by_S=errors)
-    classifier, judged = metrics.load_classifier(data)
-    if classifier:
-        sure = metrics.sure_share(metrics.probabilities(classifier, samples))
-        run.add_metrics(samples={"sure": sure, "classifier": judged})
-    if opts.evaluate:
-        evaluate(run, model, schedule, cfg, data, opts.evaluate)
-    run.add_metrics(config=asdict(cfg), total_seconds=time.perf_counter() - begin,
-                    peak_memory_mb=peak_memory_mb(place.device))
-    run.report()
+
+
+def figure_quality(run, cfg, model, states, data):
+    """quality.png: Fréchet distance against S, the paper's Table 1 in small."""
+    counts = [S for S in (10, 20, 50, 100) if S < cfg.T] + [cfg.T]
+    scores, lines = {}, {}
+    for name, how in (("eta = 0", {"eta": 0.0}), ("eta = 1", {"eta": 1.0}),
+                      ("sigma_hat", {"eta": 1.0, "step": sigma_hat_step})):
+        scores[name] = {S: run.quality(partial(states, S=S, **how), model, S, data)
+                        for S in counts}
+        run.add_metrics(evaluation_by_S=scores)
+        distances = [found["frechet_distance"] for found in scores[name].values()]
+        lines[name] = counts, distances, "o-"
+    held_out = scores[name][cfg.T]["frechet_distance_of_held_out"]
+    plotting.curves(run.path("quality.png"), [{
+        "lines": lines, "levels": {"held out": held_out}, "ylim": (0, None),
+        "xlabel": "steps S", "xscale": "log", "ylabel": "Fréchet distance in features",
+        "title": f"{run.opts.evaluate} samples a point"}])
+
+
+@command_line
+def main(argv=None):
+    """Train, or load what was trained; draw; measure."""
+    cfg, run = open_run("ddim", Config, PRESETS, argv, reads=("ddpm",))
+    data = run.load(load_images(cfg.dataset, cfg.image_size))
+    schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
+    ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # fails here, before training, for S > T
+    if cfg.sigma_hat and cfg.eta != 1:
+        raise ValueError(f"eta {cfg.eta}: must be 1 with --sigma_hat")
+    if run.sampling:
+        model = run.trained(make_unet(cfg, data.shape))
+    else:
+        model = train(cfg, run, data)
+    if not run.main:
+        return
+
+    def states(batch, S=cfg.S, eta=cfg.eta,
+               step=sigma_hat_step if cfg.sigma_hat else ddim_step):
+        xT = torch.randn(len(batch), *data.shape, device=run.device)
+        return ddim_process(model, xT, schedule, S, eta, cfg.spacing, cfg.clip_x0, step)
+
+    samples, timing = run.draw(cfg.n_samples, states, model, cfg.S)
+    run.add_metrics(sampling=timing, samples=metrics.glance(samples, data))
+    plotting.samples(run.path("samples.png"), samples, data, "Drawn from noise")
+    plotting.neighbours(run.path("neighbours.png"), samples, data)
+    figure_loss(run, model, data, schedule)
+    figure_denoising(run, model, states(range(9)), schedule.alpha_bars)
+    figure_steps(run, cfg, model, schedule, data.shape)
+    figure_interpolation(run, cfg, model, schedule, data.shape)
+    figure_reconstruction(run, cfg, model, schedule, data)
+    run.evaluate(states, model, cfg.S, data)
+    if run.opts.evaluate:
+        figure_quality(run, cfg, model, states, data)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""Drawing: grids of pictures with labels, curves, GIFs. What a figure shows is the script's
-business.
+"""Drawing: pictures, curves, points in the plane and animations.
+
+A figure function of a script says which tensors, and the words beside them.
+Every function writes one file. Images are (B, C, H, W) in [-1, 1], points (N, 2).
 """
+
+import math
 
 import matplotlib
 
@@ -11,126 +15,196 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
-from PIL import Image  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
 from torchvision.utils import make_grid  # noqa: E402
 
-plt.rcParams.update(
-    {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110,
-     "savefig.bbox": "tight", "axes.titlesize": 12}
-)
+from .metrics import nearest_neighbours  # noqa: E402
+
+plt.rcParams.update({
+    "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
+    "figure.dpi": 110, "savefig.bbox": "tight", "axes.titlesize": 12})
+
+
+def finish(figure, path, title=""):
+    """Give a figure its title, save it, close it."""
+    if title:
+        figure.suptitle(title)
+    if title or len(figure.axes) > 1:
+        figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def to_numpy(x):
+    """A tensor, or what numpy takes, as an array on the CPU."""
+    return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+
+
+# Pictures
 
 
 def to_rgb(x):
-    """Images (B, C, H, W) in [-1, 1] of any channel count -> (B, 3, H, W) in [0, 1]."""
+    """Images of any channel count -> (B, 3, H, W) in [0, 1]."""
     x = (x.detach().float().cpu() / 2 + 0.5).clamp(0, 1)
-    if x.shape[1] == 3:
-        return x
-    return x[:, :1].expand(-1, 3, -1, -1)
+    return x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1)
 
 
-def grid(x, columns, pad=1):
-    """Images (B, C, H, W) in [-1, 1] -> one (H', W', 3) numpy picture, `columns` a row."""
-    return make_grid(to_rgb(x), nrow=columns, padding=pad, pad_value=0.35).permute(1, 2, 0).numpy()
+def tile(x, columns, pad=1):
+    """Images -> one (H', W', 3) array, `columns` a row."""
+    picture = make_grid(to_rgb(x), nrow=columns, padding=pad, pad_value=0.35)
+    return picture.permute(1, 2, 0).numpy()
 
 
-def save_grid(path, x, columns, title):
-    """One labelled grid of images."""
-    picture = grid(x, columns)
+def square(n):
+    """How many of n pictures stand in a row of a grid about as wide as high."""
+    return max(1, math.isqrt(n))
+
+
+def evenly(items, n):
+    """n of the items, or all if there are fewer: evenly spaced, with first and last."""
+    n = min(n, len(items))
+    last, intervals = len(items) - 1, max(1, n - 1)
+    return [items[round(i * last / intervals)] for i in range(n)]
+
+
+def grid(path, x, columns, title):
+    """One grid of images."""
+    picture = tile(x, columns)
     width = min(10.0, max(5.0, picture.shape[1] / 40))
-    figure, axis = plt.subplots(figsize=(width, width * picture.shape[0] / picture.shape[1] + 0.5))
+    height = width * picture.shape[0] / picture.shape[1] + 0.5
+    figure, axis = plt.subplots(figsize=(width, height))
     axis.imshow(picture, interpolation="nearest")
     axis.axis("off")
     axis.set_title(title)
     finish(figure, path)
 
 
-def save_panels(path, panels, title, columns=4):
-    """Grids side by side. panels: list of (subtitle, images (B, C, H, W)), each `columns` pictures
-    wide.
+def panels(path, parts, title, columns=None, limit=2.3):
+    """Grids of images, or clouds of points, side by side.
+
+    parts: (subtitle, tensor) pairs.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 5.2), squeeze=False)
-    for axis, (subtitle, x) in zip(axes[0], panels, strict=True):
-        axis.imshow(grid(x, columns), interpolation="nearest")
-        axis.axis("off")
+    points = parts[0][1].ndim == 2
+    width = min(4.4, 16 / len(parts))
+    height = width + (0.6 if points else 0.8)
+    figure, axes = plt.subplots(1, len(parts), figsize=(width * len(parts), height),
+                                squeeze=False)
+    for axis, (subtitle, x) in zip(axes[0], parts, strict=True):
+        if points:
+            axis.scatter(*to_numpy(x).T, s=2, alpha=0.4)
+            axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal",
+                     xticks=[], yticks=[])
+        else:
+            axis.imshow(tile(x, columns or square(len(x))), interpolation="nearest")
+            axis.axis("off")
         axis.set_title(subtitle)
-    figure.suptitle(title, y=1.0)
-    figure.tight_layout()
-    finish(figure, path)
+    finish(figure, path, title)
 
 
-def save_rows(path, rows, title, row_labels=None, column_labels=None, cell=0.95):
-    """A table of pictures. rows: list of (B, C, H, W) in [-1, 1], one tensor a row of the table."""
-    n, H = max(len(row) for row in rows), max(row.shape[-2] for row in rows)
-    W, gap = max(row.shape[-1] for row in rows), max(1, H // 14)
-    canvas = np.ones((len(rows) * (H + gap), n * (W + gap), 3))
+def samples(path, drawn, data, title, how="samples"):
+    """What was drawn beside held-out data: at most 64 images, or 5,000 points, each."""
+    n = min(5000 if drawn.ndim == 2 else 64, len(drawn))
+    columns = None if drawn.ndim == 2 else square(n)
+    panels(path, [(how, drawn[:n]), ("real, held out", data.test[:n])], title, columns)
+
+
+def table(path, rows, title, row_labels=(), column_labels=(), cell=0.95):
+    """A table of pictures; rows: images, one tensor a row of the table."""
+    columns = max(len(row) for row in rows)
+    H, W = max(row.shape[-2] for row in rows), max(row.shape[-1] for row in rows)
+    gap = max(1, H // 14)
+    canvas = np.ones((len(rows) * (H + gap), columns * (W + gap), 3))
     for i, row in enumerate(rows):
-        row = F.interpolate(to_rgb(row), (H, W), mode="nearest").permute(0, 2, 3, 1).numpy()
-        for j, picture in enumerate(row):
+        row = F.interpolate(to_rgb(row), (H, W), mode="nearest").permute(0, 2, 3, 1)
+        for j, picture in enumerate(row.numpy()):
             top, left = i * (H + gap), j * (W + gap)
-            canvas[top : top + H, left : left + W] = picture
-    figure, axis = plt.subplots(figsize=(cell * n, cell * len(rows) * (H + gap) / (W + gap)))
+            canvas[top:top + H, left:left + W] = picture
+    height = cell * len(rows) * (H + gap) / (W + gap)
+    figure, axis = plt.subplots(figsize=(cell * columns, height))
     axis.imshow(canvas[:-gap, :-gap], interpolation="nearest", aspect="auto")
     axis.set_position([0, 0, 1, 1])
     axis.set_frame_on(False)
     axis.xaxis.tick_top()
     axis.tick_params(length=0, pad=6)
-    columns, middles = column_labels or [], row_labels or []
-    axis.set_xticks([j * (W + gap) + W / 2 for j in range(len(columns))], columns, fontsize=10)
-    axis.set_yticks([i * (H + gap) + H / 2 for i in range(len(middles))], middles)
+    across = [j * (W + gap) + W / 2 for j in range(len(column_labels))]
+    down = [i * (H + gap) + H / 2 for i in range(len(row_labels))]
+    axis.set_xticks(across, column_labels, fontsize=10)
+    axis.set_yticks(down, row_labels)
     axis.set_title(title, fontsize=12, pad=10)
     finish(figure, path)
 
 
-def save_gif(path, frames, columns, captions, hold=12, milliseconds=80, scale=4):
-    """An animated GIF. frames: list of (B, C, H, W) in [-1, 1]; captions: one a frame; the last is
-    held.
+def neighbours(path, drawn, data, n=12):
+    """Samples, and under each the nearest training picture with its distance.
+
+    The title gives the distance of held-out pictures to theirs: samples that are much
+    nearer are copies.
     """
+    nearest, distance = nearest_neighbours(drawn[:n], data.train)
+    held_out = nearest_neighbours(data.test, data.train)[1].mean().item()
+    table(path, [drawn[:n], data.train[nearest]],
+          f"Samples, their nearest training pictures, the distance (rms a pixel;\n"
+          f"of held-out pictures to their nearest: {held_out:.2f} on average)",
+          ["sample", "nearest"], [f"{d:.2f}" for d in distance.tolist()])
+
+
+def gif(path, frames, columns, captions, hold=12, milliseconds=80, scale=4):
+    """An animated GIF of grids of images, one caption a frame; the last is held."""
     pictures = []
     for x, caption in zip(frames, captions, strict=True):
-        picture = (grid(x, columns) * 255).round().astype(np.uint8)
+        picture = (tile(x, columns) * 255).round().astype(np.uint8)
         picture = Image.fromarray(picture)
-        picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-        canvas = Image.new("RGB", (picture.width, picture.height + 22), "white")
-        canvas.paste(picture, (0, 22))
-        _write(canvas, caption)
+        size = picture.width * scale, picture.height * scale
+        canvas = Image.new("RGB", (size[0], size[1] + 22), "white")
+        canvas.paste(picture.resize(size, Image.NEAREST), (0, 22))
+        ImageDraw.Draw(canvas).text((4, 4), caption, fill="black")
         pictures.append(canvas.quantize(32))
     pictures += [pictures[-1]] * hold
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:],
+                     duration=milliseconds, loop=0)
 
 
-def save_points(path, panels, title, limit=2.3):
-    """Clouds of points side by side. panels: list of (subtitle, points (N, 2))."""
-    width = min(5, 16 / len(panels))
-    figure, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), width + 0.6),
-                                squeeze=False)
-    for axis, (subtitle, x) in zip(axes[0], panels, strict=True):
-        axis.scatter(*series(x).T, s=2, alpha=0.4)
-        axis.set(title=subtitle, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal",
-                 xticks=[], yticks=[])
-    figure.suptitle(title)
-    figure.tight_layout()
-    finish(figure, path)
+# Curves and bars
 
 
-def save_points_gif(path, frames, captions, limit=2.3, hold=12, milliseconds=80):
-    """An animated GIF of clouds of points. frames: list of (N, 2); the last is held."""
-    figure, axis = plt.subplots(figsize=(4.2, 4.4), dpi=80)
-    dots = axis.scatter(*series(frames[0]).T, s=2, alpha=0.5)
-    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+def curves(path, parts, title="", height=3.4):
+    """Curves, bars or histograms side by side, one axes a part.
 
-    def show(i):
-        dots.set_offsets(series(frames[min(i, len(frames) - 1)]))
-        axis.set_title(captions[min(i, len(frames) - 1)])
-
-    FuncAnimation(figure, show, frames=len(frames) + hold).save(
-        path, writer=PillowWriter(fps=1000 / milliseconds))
-    plt.close(figure)
-
-
-def _write(canvas, text):
-    from PIL import ImageDraw
-
-    ImageDraw.Draw(canvas).text((4, 4), text, fill="black")
+    A part is a dict, or None to be left out. Its keys:
+    "lines": {label: (x, y)} or {label: (x, y, style)}, with style such as "--" or "o-";
+    "points": {label: (x, y)};
+    "bars": (x, heights) or (x, heights, width);
+    "histogram": values, drawn over the part's "xlim";
+    "levels": {label: y};
+    any other key is set on the axes (title, xlabel, xscale, ...).
+    A label that begins with "_" is left out of the legend.
+    """
+    parts = [part for part in parts if part]
+    if not parts:
+        return
+    width = 5.5 if len(parts) == 1 else 4.4 * len(parts)
+    figure, axes = plt.subplots(1, len(parts), figsize=(width, height), squeeze=False)
+    for axis, part in zip(axes[0], parts, strict=True):
+        part = dict(part)
+        for label, (x, y, *style) in part.pop("lines", {}).items():
+            axis.plot(to_numpy(x), to_numpy(y), *style, label=label)
+        for label, (x, y) in part.pop("points", {}).items():
+            axis.scatter(to_numpy(x), to_numpy(y), color="C3", zorder=3, label=label)
+        if bars := part.pop("bars", None):
+            drawn = axis.bar(*bars[:2], width=bars[2] if len(bars) > 2 else 0.8)
+            if isinstance(bars[0][0], str):
+                axis.bar_label(drawn, fmt="%.3g")
+                axis.margins(y=0.15)
+        if (values := part.pop("histogram", None)) is not None:
+            axis.hist(to_numpy(values).ravel(), bins=100, range=part["xlim"],
+                      density=True, alpha=0.6, label="_values")
+        for label, level in part.pop("levels", {}).items():
+            axis.axhline(level, color="0.5", ls=":", label=label)
+        axis.set(**part)
+        _, labels = axis.get_legend_handles_labels()
+        if any(not label.startswith("_") for label in labels):
+            axis.legend(frameon=False)
+    finish(figure, path, title)
 
 
 def smooth(values, window=50):
@@ -141,12 +215,88 @@ def smooth(values, window=50):
     return (total[ends] - total[starts]) / (ends - starts)
 
 
-def finish(figure, path):
-    """Save a figure and close it."""
-    figure.savefig(path)
+def loss_curve(log, title, column="loss"):
+    """A part of `curves`: the loss of each step in a log; None for an empty log."""
+    if not log:
+        return None
+    mean = smooth(log[column], 100)
+    return {"lines": {"each step": (log["step"], log[column], "C0"),
+                      "mean of 100": (log["step"], mean, "C1")},
+            "xlabel": "step", "yscale": "log", "title": title}
+
+
+def loss_by_t(loss, edges, title):
+    """A part of `curves`: loss(low, high) of each pair of adjacent edges, as bars."""
+    pairs = list(zip(edges[:-1], edges[1:], strict=True))
+    middles = [(low + high) / 2 for low, high in pairs]
+    width = 0.9 * (edges[-1] - edges[0]) / len(pairs)
+    losses = [loss(low, high) for low, high in pairs]
+    return {"bars": (middles, losses, width),
+            "xlabel": "t", "yscale": "log", "title": title}
+
+
+# Points in the plane
+
+
+def fields(path, parts, title, limit=2.3):
+    """Arrows over points, one axes a part.
+
+    parts: (subtitle, points, where (N, 2), arrows (N, 2)) each.
+    """
+    figure, axes = plt.subplots(1, len(parts), figsize=(3.8 * len(parts), 4),
+                                squeeze=False)
+    for axis, (subtitle, points, where, arrows) in zip(axes[0], parts, strict=True):
+        axis.scatter(*to_numpy(points).T, s=2, alpha=0.35, color="C1")
+        axis.quiver(*to_numpy(where).T, *to_numpy(arrows).T, color="C0", width=0.003)
+        axis.set(title=subtitle, aspect="equal",
+                 xlim=(-limit, limit), ylim=(-limit, limit))
+    finish(figure, path, title)
+
+
+def paths(path, parts, points, title):
+    """Ways through the plane, from a cross to a dot.
+
+    parts: (subtitle, states (steps, N, 2)) each; points: the data.
+    """
+    figure, axes = plt.subplots(1, len(parts), figsize=(5 * len(parts), 5),
+                                sharex=True, sharey=True, squeeze=False)
+    for axis, (subtitle, states) in zip(axes[0], parts, strict=True):
+        states = to_numpy(states)
+        axis.scatter(*to_numpy(points).T, s=1, color="0.8")
+        axis.plot(states[..., 0], states[..., 1], lw=0.9, alpha=0.8)
+        axis.scatter(*states[0].T, s=18, marker="x", color="0.3", zorder=3)
+        axis.scatter(*states[-1].T, s=18, color="k", zorder=3)
+        axis.set(title=subtitle, aspect="equal")
+    finish(figure, path, title)
+
+
+def densities(path, parts, title, limit):
+    """Densities on a square, in one colour scale: that of the last, the true one.
+
+    parts: (subtitle, density (side, side)) each; limit: half the side of the square.
+    """
+    figure, axes = plt.subplots(1, len(parts), figsize=(4.5 * len(parts), 4.4),
+                                squeeze=False)
+    _, true_density = parts[-1]
+    top = true_density.max().item()
+    for axis, (subtitle, p) in zip(axes[0], parts, strict=True):
+        axis.imshow(to_numpy(p).T, origin="lower", vmin=0, vmax=top, cmap="magma",
+                    extent=(-limit, limit, -limit, limit))
+        axis.set_title(subtitle)
+    finish(figure, path, title)
+
+
+def points_gif(path, frames, captions, limit=2.3, hold=12, milliseconds=80):
+    """An animated GIF of a cloud of points, one caption a frame; the last is held."""
+    figure, axis = plt.subplots(figsize=(4.2, 4.4), dpi=80)
+    dots = axis.scatter(*to_numpy(frames[0]).T, s=2, alpha=0.5)
+    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal",
+             xticks=[], yticks=[])
+
+    def show(i):
+        dots.set_offsets(to_numpy(frames[min(i, len(frames) - 1)]))
+        axis.set_title(captions[min(i, len(frames) - 1)])
+
+    animation = FuncAnimation(figure, show, frames=len(frames) + hold)
+    animation.save(path, writer=PillowWriter(fps=1000 / milliseconds))
     plt.close(figure)
-
-
-def series(x):
-    """A tensor as numpy on the CPU, for matplotlib."""
-    return x.detach().float().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)

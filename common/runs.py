@@ -1,10 +1,10 @@
-"""A run: its folder, log, metrics, checkpoint, progress bar, Ctrl-C; finding and loading
-checkpoints.
-"""
+"""A run: folder, log and checkpoints, and what surrounds a training step or a draw."""
 
 import csv
 import dataclasses
+import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -12,92 +12,164 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from .cli import config_from, fail, merge_config
+from . import metrics, plotting
+from .cli import check_config, config_from, fail, merge_config, parse_args
 from .data import ROOT
-from .device import random_state, seed_everything, set_random_state
+from .device import (
+    Meter,
+    autocast,
+    launch,
+    peak_memory_mb,
+    random_state,
+    seed_everything,
+    seeded,
+    set_random_state,
+    synchronize,
+)
 
 FORMAT = "diffusion-examples-1"
 
 
-class Run:
-    """One run folder outputs/<script>/<date-time>/ and what is written to it.
+def open_run(script, Config, presets, argv=None, reads=()):
+    """Open the run that a command line asks for: (cfg, run).
 
-    Only the main process writes; in the others every method that writes does nothing and folder
-    is None.
+    With --sample or --resume cfg is the checkpoint's Config. With --sample its
+    `# sampling` block is that of the preset that the checkpoint was trained by, and of
+    the flags. reads: other scripts whose checkpoints --sample takes. A mistake ends the
+    program with one line before anything is written.
+    """
+    begin = time.perf_counter()
+    cfg, opts = parse_args(Config, presets, argv)
+    place = launch(opts.device)
+    autocast(place.device, opts.amp)  # refuses what this device cannot do
+    state = folder = None
+    if opts.sample is not None:
+        source = _to_sample(opts, (script, *reads))
+        state = load_checkpoint(source, (script, *reads))
+    elif opts.resume is not None:
+        source = folder = _to_resume(opts, script)
+        state = load_checkpoint(folder, (script,))
+        if not {"optimizer", "random", "loop"} <= set(state):
+            fail(f"--resume {source}: holds no optimiser state, it is for --sample")
+        opts.seed = state["seed"]
+    if state is not None:
+        opts.preset = opts.preset or state.get("preset")
+        if opts.preset in presets and not opts.config:
+            cfg = dataclasses.replace(presets[opts.preset], **opts.given)
+        stored = state["config"]
+        if state["script"] != script:  # what is not shared keeps this script's values
+            shared = {k: v for k, v in stored.items() if k in vars(cfg)}
+            stored = dataclasses.asdict(cfg) | shared
+        trained = config_from(stored, Config, str(source))
+        if opts.resume is not None:  # goes on as it was, but for flags of the draw
+            cfg = dataclasses.replace(trained, **opts.given)
+        cfg = merge_config(trained, cfg, opts.given, str(source))
+        check_config(cfg)
+    if cfg.batch_size % place.world:
+        fail(f"--batch_size {cfg.batch_size}: must be a multiple of {place.world}, the "
+             "number of processes")
+    seed_everything(opts.seed)
+    opts.preset = opts.preset or next(iter(presets))
+    run = Run(script, cfg, opts, place, folder, state, begin)
+    if state is not None:
+        run.say(f"loaded {source} (step {state['step']})")
+    return cfg, run
+
+
+class Run:
+    """One run folder outputs/<script>/<date-time>/, and the plumbing of what fills it.
+
+    Only the main process writes; in the others every method that writes does nothing
+    and folder is None.
     """
 
-    def __init__(self, script, cfg, opts, launch, folder=None):
+    def __init__(self, script, cfg, opts, launch, folder=None, state=None, begin=None):
         self.script, self.cfg, self.opts, self.launch = script, cfg, opts, launch
-        self.device, self.stopped = launch.device, False
-        self._folder, self._log, self._board = folder, None, None
-        if opts.tensorboard and launch.main:
+        self.device, self.main = launch.device, launch.main
+        self.sampling = state is not None and opts.resume is None
+        self.begin = time.perf_counter() if begin is None else begin
+        self.stopped, self.saved, self.row = False, 0, {}
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=opts.amp == "fp16")
+        self._folder, self._state, self._random = folder, state, ()
+        self._logs, self._board = {}, None
+        if opts.tensorboard and self.main:
             try:
-                import torch.utils.tensorboard  # noqa: F401
+                from torch.utils.tensorboard import SummaryWriter  # noqa: F401
             except ImportError:
-                fail("--tensorboard: tensorboard is not installed (pip install tensorboard)")
+                fail("--tensorboard: is not installed (pip install tensorboard)")
+
+    # Files
 
     @property
     def folder(self):
-        """The run folder, made when first asked for: a mistake found earlier leaves nothing."""
-        if self._folder is None and self.launch.main:
+        """The run folder, made when first asked for: a mistake leaves nothing."""
+        if self._folder is None and self.main:
             self._folder = _new_folder(Path(self.opts.out) / self.script)
-            config = {"script": self.script, "seed": self.opts.seed,
-                      "config": dataclasses.asdict(self.cfg)}
-            self._write_text("config.json", json.dumps(config, indent=2))
+            config = {"script": self.script, "preset": self.opts.preset,
+                      "seed": self.opts.seed, "config": dataclasses.asdict(self.cfg)}
+            self._write("config.json", json.dumps(config, indent=2))
         return self._folder
 
     def path(self, name):
         """Where a file of this run lies."""
         return self.folder / name
 
-    def _write_text(self, name, text):
+    def part(self, name, cfg):
+        """A run with another Config, in a folder of its own inside this one."""
+        folder = self.path(name)
+        folder.mkdir()
+        return Run(self.script, cfg, self.opts, self.launch, folder)
+
+    def _write(self, name, text):
         scratch = self.path(name + ".tmp")
         scratch.write_text(text, newline="\n")
         os.replace(scratch, self.path(name))
 
-    def log(self, step, **values):
-        """Append one row to log.csv (and to TensorBoard when asked for)."""
-        if not self.launch.main:
+    def log(self, step, name="log.csv", **values):
+        """Append one row to a log (and to TensorBoard when asked for)."""
+        if not self.main:
             return
-        if self._log is None:
-            new = not self.path("log.csv").exists()
-            self._log = open(self.path("log.csv"), "a", newline="")
+        if name not in self._logs:
+            new = not self.path(name).exists()
+            self._logs[name] = open(self.path(name), "a", newline="")
             if new:
-                csv.writer(self._log, lineterminator="\n").writerow(["step", *values])
-        csv.writer(self._log, lineterminator="\n").writerow([step, *values.values()])
+                self._logs[name].write(",".join(["step", *values]) + "\n")
+        writer = csv.writer(self._logs[name], lineterminator="\n")
+        writer.writerow([step, *values.values()])
         if self.opts.tensorboard:
             if self._board is None:
                 from torch.utils.tensorboard import SummaryWriter
                 self._board = SummaryWriter(self.path("tensorboard"))
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            for key, value in values.items():
+                self._board.add_scalar(f"{Path(name).stem}/{key}", value, step)
 
     def flush_log(self):
         """Put the rows logged so far on disk."""
-        if self._log is not None:
-            self._log.flush()
+        for file in self._logs.values():
+            file.flush()
 
-    def read_log(self):
-        """log.csv as {column: list of floats}; empty where there is none."""
+    def read_log(self, name="log.csv"):
+        """A log as {column: list of floats}; empty where there is none."""
         self.flush_log()
-        if not self.path("log.csv").exists():
+        if not self.main or not self.path(name).exists():
             return {}
-        with open(self.path("log.csv")) as file:
+        with open(self.path(name)) as file:
             rows = list(csv.DictReader(file))
-        return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
+        columns = rows[0] if rows else ()
+        return {key: [float(row[key]) for row in rows] for key in columns}
 
-    def trim_log(self, step):
+    def trim_log(self, step, name="log.csv"):
         """Drop the rows after step: a resumed run writes them again."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-        if not self.launch.main or not self.path("log.csv").exists():
-            return
-        lines = self.path("log.csv").read_text().splitlines(keepends=True)
-        kept = [line for line in lines[1:] if int(line.split(",")[0]) <= step]
-        self._write_text("log.csv", "".join(lines[:1] + kept))
+        if name in self._logs:
+            self._logs.pop(name).close()
+        if self.main and self.path(name).exists():
+            head, *rows = self.path(name).read_text().splitlines(keepends=True)
+            kept = [row for row in rows if int(row.split(",")[0]) <= step]
+            self._write(name, "".join([head, *kept]))
 
     def read_metrics(self):
         """metrics.json as a dict."""
@@ -106,19 +178,219 @@ class Run:
 
     def add_metrics(self, **values):
         """Merge values into metrics.json."""
-        if self.launch.main:
-            self._write_text("metrics.json", json.dumps(self.read_metrics() | values, indent=2))
+        if self.main:
+            merged = self.read_metrics() | values
+            self._write("metrics.json", json.dumps(merged, indent=2))
 
-    def save_checkpoint(self, step, modules, optimizer, **extra):
-        """Write checkpoint.pt under a temporary name, then rename it.
+    def say(self, text):
+        """Print a line, from the main process only."""
+        if self.main:
+            tqdm.write(text)
 
-        modules: {"model": ..., "ema": ...}; extra: plain values and tensors that sampling needs.
+    # Training
+
+    def load(self, data):
+        """The data on the run's device; --evaluate needs its labels."""
+        if self.opts.evaluate and data.train_labels is None:
+            fail(f"--evaluate {self.opts.evaluate}: --dataset {data.name} has no "
+                 "labels to score by")
+        return data.to(self.device)
+
+    def place(self, module):
+        """The module on the run's device, its images stored channels last (faster)."""
+        return module.to(self.device, memory_format=torch.channels_last)
+
+    def training(self, steps, model, optimizer, preview=None, name="model", keep=True,
+                 **others):
+        """Yields 0, 1, ..., steps - 1; the loop's body is one step of the algorithm.
+
+        Before a step the learning rates of the optimisers are set: each one's own times
+        what cfg.warmup and cfg.decay say. After it a row of the log is written, from
+        what `backward` saw. Every cfg.preview_every steps and at the end there is a
+        checkpoint of model (as `name`), optimizer and others, all with a state_dict; in
+        between preview(step) is called. A resumed run starts where its checkpoint
+        stopped. Ctrl-C ends the loop after the step under way, twice it leaves with
+        status 130; torchrun stops its processes itself. keep=False: no log, no
+        checkpoint, no resume.
         """
-        if not self.launch.main:
+        modules = {name: model, **others}
+        first = self._resume(name, modules, optimizer) if keep else 0
+        if first is None:
             return
-        state = {"format": FORMAT, "script": self.script, "seed": self.opts.seed, "step": step,
-                 "config": dataclasses.asdict(self.cfg), "optimizer": optimizer.state_dict(),
-                 "random": random_state(self.device), **extra,
+        self._spread(modules, first)
+        optimizers = [optimizer, *(each for each in others.values()
+                                   if isinstance(each, torch.optim.Optimizer))]
+        for each in optimizers:
+            for group in each.param_groups:
+                group["fused"] = self.device.type != "mps"  # one kernel for all weights
+        if keep and self.main:
+            self.path("checkpoint.pt")  # a folder that cannot be made is told before
+        bar = tqdm(range(first, steps), initial=first, total=steps, unit="step",
+                   desc=f"train {name}", disable=not self.main, mininterval=0.5)
+        self._batch_drawn, self._core, begin = None, 0.0, time.perf_counter()
+        hook = optimizer.register_step_post_hook(lambda *_: self._end_core())
+        before = self._listen()
+        self._dress(model)
+        try:
+            done = self.saved = first
+            if keep and first == 0:
+                self._save(0, name, modules, optimizer)
+            for step in bar:
+                self.row, self.step, share = {}, step, self._rate(step, steps)
+                for each in optimizers:
+                    for group in each.param_groups:
+                        group["lr"] = share * each.defaults["lr"]
+                yield step
+                done = step + 1
+                row = self.row | {"lr": share * optimizer.defaults["lr"]}
+                bar.set_postfix({k: f"{v:.4g}" for k, v in row.items()}, refresh=False)
+                if keep:
+                    self.log(done, _log_name(name), **row)
+                    if done % self.cfg.preview_every == 0 and done < steps:
+                        self._save(done, name, modules, optimizer)
+                        if preview and self.main:
+                            preview(done)
+                if self.stopped:
+                    break
+            if keep:
+                self._save(done, name, modules, optimizer)
+                self._measure(name, model, done, first, time.perf_counter() - begin)
+        finally:
+            bar.close()
+            hook.remove()
+            for module in model.modules():
+                vars(module).pop("forward", None)  # what _dress put on
+            if before and not self.stopped:
+                signal.signal(signal.SIGINT, before)
+
+    def batch(self, data, size, flip=False):
+        """This process's share of a random batch: (images or points, labels or None).
+
+        flip: each image is mirrored with probability 1/2.
+        """
+        size //= self.launch.world
+        i = torch.randint(len(data.train), (size,), device=self.device)
+        x = data.train[i]
+        if flip:
+            mirrored = torch.rand(size, 1, 1, 1, device=self.device) < 0.5
+            x = torch.where(mirrored, x.flip(3), x)
+        self._batch_drawn = time.perf_counter()
+        return x, None if data.train_labels is None else data.train_labels[i]
+
+    def backward(self, loss, optimizer, clip, **notes):
+        """The gradient of loss, averaged over all processes, clipped to the norm clip.
+
+        notes: scalars for the log. A loss or gradient that is not finite ends the
+        program, naming the step; under fp16 such a gradient is dropped and the loss
+        scale lowered.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(optimizer)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        seen = torch.stack([x.detach().float() for x in (loss, *notes.values())])
+        self.launch.average([*gradients, seen])
+        norm = nn.utils.clip_grad_norm_(parameters, clip).item()
+        value, *noted = seen.tolist()
+        if not math.isfinite(value):
+            self._diverged("loss", value, optimizer)
+        if not math.isfinite(norm):
+            if not self.scaler.is_enabled():
+                self._diverged("gradient's norm", norm, optimizer)
+            optimizer.zero_grad()  # optimizer.step() leaves what has no gradient alone
+        self.scaler.update()
+        if not self.row:  # of several in a step the first is logged
+            self.row = {"loss": value, "grad_norm": norm,
+                        **dict(zip(notes, noted, strict=True))}
+
+    def _diverged(self, what, value, optimizer):
+        fail(f"the {what} is {value} at step {self.step + 1}, a learning rate of "
+             f"{optimizer.defaults['lr']:g} may be too high; the last good checkpoint "
+             f"is that of step {self.saved} in {self.folder}")
+
+    def _rate(self, step, steps):
+        """The share of the learning rate: linear warm-up, then constant or a cosine."""
+        share = min(1.0, (step + 1) / max(self.cfg.warmup, 1))
+        if self.cfg.decay == "cosine":
+            share *= 0.5 * (1 + math.cos(math.pi * step / steps))
+        return share
+
+    def _spread(self, modules, first):
+        """Give every process the main one's weights, and draws of its own.
+
+        They go on where the checkpoint left them.
+        """
+        for module in modules.values():
+            if isinstance(module, nn.Module):
+                self.launch.broadcast(module)
+        rank, states = self.launch.rank, self._random
+        if rank < len(states):
+            set_random_state(states[rank], self.device)
+        elif rank:
+            torch.manual_seed(self.opts.seed + 1_000_003 * rank + first)
+        self._random = ()
+
+    def _dress(self, model):
+        """Recomputed activations, mixed precision, compilation, as the flags ask."""
+        if self.opts.grad_checkpointing:
+            for block in model.modules():
+                if type(block).__name__.endswith("Block"):
+                    block.forward = functools.partial(
+                        checkpoint, block.forward, use_reentrant=False)
+        if self.opts.amp != "off":
+            model.forward = _in_precision(model.forward, self.device, self.opts.amp)
+        if self.opts.compile:
+            model.compile()
+
+    def _end_core(self):
+        """A step of the optimiser is over: add the time since its batch was drawn."""
+        if self._batch_drawn is not None:
+            synchronize(self.device)
+            self._core += time.perf_counter() - self._batch_drawn
+            self._batch_drawn = None
+
+    def _measure(self, name, model, done, first, seconds):
+        """The numbers of a finished loop, for metrics.json."""
+        if not self.main or done == first:
+            return
+        prefix = "" if name == "model" else f"{name}_"
+        speed = {"steps_per_second": (done - first) / seconds,
+                 "share_outside_core": 1 - self._core / seconds}
+        if first:
+            seconds += self.read_metrics().get(f"{prefix}train_seconds", 0.0)
+        losses = self.read_log(_log_name(name))["loss"][-500:]
+        found = {"steps": done, "train_seconds": seconds,
+                 "parameters": sum(p.numel() for p in model.parameters()),
+                 "loss_of_last_500": sum(losses) / len(losses)}
+        found |= speed
+        self.add_metrics(**{prefix + key: value for key, value in found.items()})
+
+    def _listen(self):
+        """Answer Ctrl-C in place of Python; returns what answered before."""
+        if not self.main or self.launch.world > 1:
+            return None
+        before = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, self._interrupt)
+        return before
+
+    def _interrupt(self, *_):
+        if self.stopped:
+            os._exit(130)
+        self.stopped = True
+        tqdm.write("stopping: saving and sampling what there is (Ctrl-C again leaves)")
+
+    # Checkpoints
+
+    def _save(self, step, loop, modules, optimizer):
+        """Write checkpoint.pt under a temporary name, then rename it."""
+        states = self.launch.gather(random_state(self.device))
+        self.saved = step
+        if not self.main:
+            return
+        state = {"format": FORMAT, "script": self.script, "preset": self.opts.preset,
+                 "seed": self.opts.seed, "loop": loop, "step": step,
+                 "config": dataclasses.asdict(self.cfg),
+                 "optimizer": optimizer.state_dict(), "random": states,
                  **{name: module.state_dict() for name, module in modules.items()}}
         self.flush_log()
         scratch = self.path("checkpoint.pt.tmp")
@@ -126,58 +398,113 @@ class Run:
             torch.save(_anew(state), file)
         os.replace(scratch, self.path("checkpoint.pt"))
 
-    def steps(self, first, last):
-        """Iterate over first..last-1 with a progress bar; Ctrl-C ends the loop after the step under
-        way.
+    def _resume(self, loop, modules, optimizer):
+        """Put the checkpoint of --resume back: the number of steps done, 0 without one.
 
-        A second Ctrl-C leaves the program at once with status 130. Under torchrun, which stops its
-        processes itself, Ctrl-C is left alone.
+        None: the checkpoint is of a later loop; this one was finished before it.
         """
-        watch = self.launch.main and self.launch.world == 1
-        before = signal.getsignal(signal.SIGINT)
-        if watch:
-            signal.signal(signal.SIGINT, self._interrupt)
-        self.bar = tqdm(range(first, last), initial=first, total=last, desc="train", unit="step",
-                        disable=not self.launch.main, mininterval=0.5, file=sys.stderr)
-        for step in self.bar:
-            yield step
-            if self.stopped:
-                break
-        self.bar.close()
-        if watch and not self.stopped:
-            signal.signal(signal.SIGINT, before)
+        state = None if self.sampling else self._state
+        if state is None:
+            return 0
+        for name, module in modules.items():
+            if name in state:
+                restore(module, state[name])
+            elif state["loop"] == loop:
+                fail(f"--resume {self.folder}: its checkpoint holds no {name}")
+        if state["loop"] != loop:
+            return None
+        self._state = None
+        restore(optimizer, state["optimizer"])
+        self._random = state["random"]
+        self.trim_log(state["step"], _log_name(loop))
+        return state["step"]
 
-    def _interrupt(self, *_):
-        if self.stopped:
-            os._exit(130)
-        self.stopped = True
-        tqdm.write("stopping: saving and sampling what there is (Ctrl-C again leaves at once)")
+    def trained(self, module, name="ema"):
+        """The module with its weights from the checkpoint of --sample, in eval mode."""
+        if name not in self._state:
+            fail(f"--sample {self.opts.sample}: holds no {name} (stopped too early?)")
+        restore(module, self._state[name])
+        return self.place(module).eval().requires_grad_(False)
 
-    def report(self):
-        """Print the numbers of metrics.json that a person looks for first."""
+    # Sampling
+
+    def draw(self, n, states, network, steps, batch_size=100):
+        """n samples, in batches: (samples, {"n", "seconds", "network_calls", ...}).
+
+        states(batch), batch a range of 0..n-1, is a sampler: a generator that yields
+        (t, x_t) about `steps` times, the samples last. network: the one that it calls.
+        """
+        batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
+        bar = tqdm(total=steps * len(batches), desc=f"sample {n}", unit="step",
+                   leave=False, disable=not self.main)
+        parts = []
+        with bar, Meter(network, self.device) as meter:
+            for batch in batches:
+                for _, x in states(batch):
+                    bar.update()
+                parts.append(x)
+        return torch.cat(parts), {
+            "n": n, "seconds": meter.seconds,
+            "network_calls": meter.calls / len(batches),
+            "share_outside_network": 1 - meter.inside / meter.seconds}
+
+    def quality(self, states, network, steps, data, labels=None, picture=None):
+        """The quality of as many samples as --evaluate says, always from one seed."""
+        with seeded(self.opts.seed, self.device):
+            samples, timing = self.draw(self.opts.evaluate, states, network, steps)
+        if picture:
+            first = samples[:100]
+            plotting.grid(self.path(picture), first, 10,
+                          f"The first {len(first)} of {len(samples)} samples")
+        return metrics.quality(samples, data, labels) | timing
+
+    def evaluate(self, states, network, steps, data, labels=None):
+        """With --evaluate N: N samples scored, the first of them as a picture."""
+        if self.opts.evaluate:
+            self.add_metrics(evaluation=self.quality(
+                states, network, steps, data, labels, "evaluated.png"))
+
+    def finish(self):
+        """The last lines of metrics.json; what a person looks for first is printed."""
+        self.add_metrics(config=dataclasses.asdict(self.cfg),
+                         total_seconds=time.perf_counter() - self.begin,
+                         peak_memory_mb=peak_memory_mb(self.device))
         found = self.read_metrics()
-        sampling, judged = found.get("sampling", {}), found.get("samples", {})
-        evaluation = found.get("evaluation", {})
-        facts = [
-            ("trained", found.get("train_seconds"), "{:.0f} s"),
-            ("sampled", sampling.get("seconds"), "{:.0f} s"),
-            ("samples the classifier is sure of", evaluation.get("sure", judged.get("sure")),
-             "{:.0%}"),
-            ("Fréchet distance in its features", evaluation.get("frechet_distance"), "{:.1f}"),
-            ("all in", found.get("total_seconds"), "{:.0f} s"),
-        ]
-        line = ", ".join(f"{name} {form.format(x)}" for name, x, form in facts if x is not None)
+        scores = found.get("samples", {}) | found.get("evaluation", {})
+        facts = [("trained", found.get("train_seconds"), "{:.0f} s"),
+                 ("sampled", found.get("sampling", {}).get("seconds"), "{:.0f} s"),
+                 ("the classifier is sure of", scores.get("sure"), "{:.0%}"),
+                 ("and agrees with", scores.get("accuracy"), "{:.1%} of the labels"),
+                 ("Fréchet distance in its features", scores.get("frechet_distance"),
+                  "{:.1f}"),
+                 ("all in", found["total_seconds"], "{:.0f} s")]
+        line = ", ".join(f"{name} {form.format(x)}" for name, x, form in facts
+                         if x is not None)
         self.say(f"{line}; figures and metrics.json in {self.folder}")
 
-    def say(self, text):
-        """Print a line, from the main process only."""
-        if self.launch.main:
-            tqdm.write(text)
+
+def _log_name(loop):
+    return "log.csv" if loop == "model" else f"{loop}_log.csv"
+
+
+def _in_precision(forward, device, amp):
+    """forward under autocast, with answers in float32 for the loss."""
+    @functools.wraps(forward)
+    def cast(*args, **kwargs):
+        with autocast(device, amp):
+            out = forward(*args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            return out.float()
+        return tuple(part.float() for part in out)
+
+    return cast
 
 
 def _anew(value):
-    """The same value in new containers, its strings interned: equal values then pickle to equal
-    bytes, so that a resumed run can end with the very file of one that never stopped.
+    """The same value in new containers, its strings interned.
+
+    Equal values then pickle to equal bytes, so that a resumed run can end with the very
+    file of one that never stopped.
     """
     if isinstance(value, str):
         return sys.intern(value)
@@ -206,12 +533,32 @@ def _new_folder(parent):
 
 def newest(out, scripts):
     """The newest run folder with a checkpoint among these scripts, or None."""
-    found = [p.parent for script in scripts for p in (Path(out) / script).glob("*/checkpoint.pt")]
+    found = [file.parent for script in scripts
+             for file in (Path(out) / script).glob("*/checkpoint.pt")]
     return max(found, key=lambda p: (p / "checkpoint.pt").stat().st_mtime, default=None)
 
 
+def _to_sample(opts, scripts):
+    """The checkpoint that --sample means: the one named, the newest or the shipped."""
+    shipped = [ROOT / "pretrained" / f"{name}.pt" for name in scripts]
+    source = opts.sample or newest(opts.out, scripts)
+    source = source or next((p for p in shipped if p.exists()), None)
+    if source is None:
+        names = " or ".join(scripts)
+        fail(f"--sample: no run of {names} under {opts.out}, and none is shipped")
+    return source
+
+
+def _to_resume(opts, script):
+    """The run folder that --resume means: the one named, or the newest."""
+    source = opts.resume or newest(opts.out, (script,))
+    if source is None:
+        fail(f"--resume: no run of {script} under {opts.out}")
+    return Path(source).parent if Path(source).is_file() else Path(source)
+
+
 def load_checkpoint(path, scripts):
-    """The dict in a checkpoint file (or in a run folder), made by one of the named scripts."""
+    """The dict in a checkpoint file, or in a run folder, of one of these scripts."""
     path = Path(path)
     file = path / "checkpoint.pt" if path.is_dir() else path
     if not file.is_file():
@@ -222,8 +569,7 @@ def load_checkpoint(path, scripts):
         fail(f"{file}: truncated, or not a checkpoint of plain tensors")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         fail(f"{file}: not a checkpoint of this collection")
-    missing = {"script", "seed", "step", "config", "ema"} - set(state)
-    if missing:
+    if missing := {"script", "seed", "step", "config"} - set(state):
         fail(f"{file}: incomplete, lacks {', '.join(sorted(missing))}")
     if state["script"] not in scripts:
         fail(f"{file}: made by {state['script']}_example.py, this script reads "
@@ -231,65 +577,10 @@ def load_checkpoint(path, scripts):
     return state
 
 
-def start(script, Config, cfg, opts, launch, validate, reads=()):
-    """Open the run that the command line asks for. Returns (cfg, run, state).
-
-    state is the checkpoint of --resume or --sample, else None. cfg is then the checkpoint's Config,
-    which only opts.free fields may depart from. reads: other scripts whose checkpoints --sample
-    accepts. validate(cfg) ends the program when a value is out of range.
-    """
-    state, folder = None, None
-    if opts.sample is not None:
-        scripts = (script, *reads)
-        source = opts.sample or newest(opts.out, scripts)
-        shipped = [ROOT / "pretrained" / f"{name}.pt" for name in scripts]
-        source = source or next((p for p in shipped if p.exists()), None)
-        if source is None:
-            fail(f"--sample: no run of {' or '.join(scripts)} under {opts.out} and none shipped")
-        state = load_checkpoint(source, scripts)
-    elif opts.resume is not None:
-        source = opts.resume or newest(opts.out, (script,))
-        if source is None:
-            fail(f"--resume: no run of {script} under {opts.out}")
-        folder = Path(source).parent if Path(source).is_file() else Path(source)
-        state = load_checkpoint(folder, (script,))
-        if not {"optimizer", "model", "random"} <= set(state):
-            fail(f"--resume {source}: holds no optimiser state, it can only be sampled from")
-        opts.seed = state["seed"]
-    if state is not None:
-        stored = state["config"]
-        if (
-            state["script"] != script
-        ):  # the settings this script does not share keep their own values
-            stored = dataclasses.asdict(cfg) | {
-                k: v for k, v in stored.items() if k in vars(cfg) and k not in opts.free}
-        cfg = merge_config(config_from(stored, Config, str(source)), opts, str(source))
-    validate(cfg)
-    seed_everything(opts.seed)
-    run = Run(script, cfg, opts, launch, folder)
-    if state is not None and launch.main:
-        run.say(f"loaded {source} (step {state['step']})")
-    return cfg, run, state
-
-
-def restore(module, weights, where="checkpoint"):
-    """Load weights into a module; ones of another shape or name end the program."""
+def restore(module, state, where="checkpoint"):
+    """module.load_state_dict(state); a state that does not fit ends the program."""
     try:
-        module.load_state_dict(weights)
-    except (RuntimeError, KeyError, AttributeError, TypeError):
-        fail(f"{where}: its weights do not fit the network that its Config describes")
-
-
-def resume_training(state, model, ema, optimizer, run):
-    """Put a checkpoint back so that training goes on where it was. Returns the number of steps
-    done.
-    """
-    restore(model, state["model"])
-    restore(ema, state["ema"])
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError):
-        fail("checkpoint: its optimiser state does not fit the network")
-    set_random_state(state["random"], run.device)
-    run.trim_log(state["step"])
-    return state["step"]
+        module.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
+        kind = "weights do" if isinstance(module, nn.Module) else "optimiser state does"
+        fail(f"{where}: its {kind} not fit what its Config describes")

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from common import runs
+from common.data import load_images
+
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the tensors here are small, and two test runs may share a machine
 
@@ -90,6 +93,18 @@ def mean_and_cov(x):
     """Sample mean (D,) and covariance (D, D) of x (B, D, 1, 1), float64."""
     flat = x.flatten(1).double()
     return flat.mean(0), torch.cov(flat.T)
+
+
+def script_name(module):
+    """The name of a script's run folders: that of its file without the words all of them share."""
+    return module.__name__.removesuffix("_example").removesuffix("_diffusion")
+
+
+def open_run(module, out, *argv):
+    """(cfg, run, data) of a script's smoke preset with a few more arguments, as its main makes them."""
+    argv = ["--preset", "smoke", "--device", "cpu", "--out", str(out), *map(str, argv)]
+    cfg, run = runs.open_run(script_name(module), module.Config, module.PRESETS, argv)
+    return cfg, run, run.load(load_images(cfg.dataset, cfg.image_size))
 
 
 def environment():

@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 import torch
+from conftest import open_run
 
 import ddpm_example as ddpm
 from common.runs import FORMAT
@@ -17,10 +18,8 @@ from common.runs import FORMAT
 def trained(tmp_path_factory):
     """A run folder of ddpm with a checkpoint, made by two steps of training."""
     out = tmp_path_factory.mktemp("trained")
-    argv = ["--preset", "smoke", "--steps", "2", "--out", str(out)]
-    cfg, opts = ddpm.parse_args(ddpm.Config, ddpm.PRESETS, argv, ddpm.SAMPLING)
-    cfg, run, _ = ddpm.start("ddpm", ddpm.Config, cfg, opts, ddpm.launch("cpu"), ddpm.validate)
-    ddpm.train(cfg, run)
+    cfg, run, data = open_run(ddpm, out, "--steps", 2)
+    ddpm.train(cfg, run, data)
     return run.folder
 
 
@@ -40,7 +39,9 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--no_such_flag", "1"], ["--no_such_flag"]),
+    (["--no_such_flag", "1"], ["--no_such_flag", "no such flag"]),
+    (["--chanels", "8"], ["--chanels: no such flag", "--channels"]),
+    (["--batchsize", "8"], ["--batchsize: no such flag", "--batch_size"]),
     (["surplus"], ["surplus"]),
     (["--preset", "huge"], ["--preset huge", "laptop", "smoke", "paper"]),
     (["--dataset", "birds"], ["--dataset birds", "digits", "folder:PATH"]),
@@ -58,10 +59,10 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     (["--lr", "inf"], ["--lr inf"]),
     (["--batch_size", "0"], ["--batch_size 0", ">= 1"]),
     (["--batch-size", "-1"], ["--batch_size -1", ">= 1"]),
-    (["--beta_1", "0"], ["--beta_1 0", "(0, 1)"]),
-    (["--beta_1", "nan"], ["--beta_1 nan", "(0, 1)"]),
-    (["--beta_T", "1"], ["--beta_T 1", "(0, 1)"]),
-    (["--beta_T", "-0.1"], ["--beta_T -0.1", "(0, 1)"]),
+    (["--beta_1", "0"], ["--beta_1 0", "in (0, 1)"]),
+    (["--beta_1", "nan"], ["--beta_1 nan", "in (0, 1)"]),
+    (["--beta_T", "1"], ["--beta_T 1", "in (0, 1)"]),
+    (["--beta_T", "-0.1"], ["--beta_T -0.1", "in (0, 1)"]),
     (["--schedule", "square"], ["--schedule square", "linear", "cosine"]),
     (["--variance", "gamma"], ["--variance gamma", "beta", "beta_tilde"]),
     (["--decay", "step"], ["--decay step", "cosine", "constant"]),
@@ -71,13 +72,13 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     (["--mults", "1", "2", "2", "2"], ["28", "16", "32"]),
     (["--mults"], ["--mults"]),
     (["--mults", "1", "0"], ["--mults 1 0", ">= 1"]),
-    (["--heads", "3"], ["--heads 3", "8"]),
+    (["--heads", "3"], ["--heads 3: must divide channels 8"]),
     (["--heads", "0"], ["--heads 0", ">= 1"]),
-    (["--groups", "3"], ["--groups 3", "8"]),
-    (["--channels", "0"], ["--channels 0"]),
-    (["--channels", "5", "--groups", "1"], ["--channels 5"]),
-    (["--dropout", "1"], ["--dropout 1", "[0, 1)"]),
-    (["--ema", "1"], ["--ema 1", "[0, 1)"]),
+    (["--groups", "3"], ["--groups 3: must divide channels 8"]),
+    (["--channels", "0"], ["--channels 0", ">= 4"]),
+    (["--channels", "5", "--groups", "1"], ["--channels 5", "even"]),
+    (["--dropout", "1"], ["--dropout 1", "in [0, 1)"]),
+    (["--ema", "1"], ["--ema 1", "in [0, 1)"]),
     (["--grad_clip", "0"], ["--grad_clip 0", "> 0"]),
     (["--weight_decay", "-1"], ["--weight_decay -1", ">= 0"]),
     (["--warmup", "-1"], ["--warmup -1", ">= 0"]),
@@ -86,7 +87,7 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     (["--preview_every", "0"], ["--preview_every 0", ">= 1"]),
     (["--amp", "fp8"], ["--amp fp8", "off", "bf16", "fp16"]),
     (["--seed", "-1"], ["--seed -1"]),
-    (["--seed", str(2**63)], ["--seed"]),
+    (["--seed", str(2**63)], [f"--seed {2**63}"]),
     (["--evaluate", "1"], ["--evaluate 1", ">= 10"]),
     (["--resume", "--sample"], ["--resume", "--sample"]),
     (["--config", "/no/such/config.json"], ["--config /no/such/config.json"]),

@@ -1,16 +1,30 @@
 """Conditional diffusion: guidance against closed forms, the networks, the command line."""
 
 import csv
+import inspect
 import json
 import math
+from itertools import groupby
 
 import pytest
 import torch
-from conftest import assert_same_tree, mean_and_cov, mixture_eps, only_run, open_picture, run_script
+from conftest import (
+    assert_same_tree,
+    mean_and_cov,
+    mixture_eps,
+    only_run,
+    open_picture,
+    open_run,
+    run_script,
+)
 from torch.distributions import MultivariateNormal
+from torch.nn import functional as F
 from torch.testing import assert_close
 
+import common.data
 import conditional_diffusion_example as cond
+from common import plotting, runs
+from common.data import Data, load_images
 
 SCRIPT = "conditional_diffusion_example.py"
 
@@ -184,9 +198,11 @@ def test_at_w_minus_1_samples_follow_the_whole_mixture(short, guidance, sampler)
     assert_close(exact.nearest(x), exact.weights, rtol=0, atol=0.05)
 
 
-def test_ancestral_classifier_guidance_moves_the_mean_by_s_sigma_gradient():
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_ancestral_classifier_guidance_moves_the_mean_by_s_sigma_gradient(variance):
     """[ADM] Alg. 1 step by step, with a linear classifier whose gradient is known."""
-    schedule, moves = cond.make_schedule("linear", 5), torch.tensor([[0.7, -0.7]])
+    schedule = cond.make_schedule("linear", 5, 1e-4, 2e-3)  # mild: x_t stays of order 1
+    moves = torch.tensor([[0.7, -0.7]])
 
     class Still:
         classes = 2
@@ -195,23 +211,123 @@ def test_ancestral_classifier_guidance_moves_the_mean_by_s_sigma_gradient():
             assert (y == 2).all()  # the unconditional network is asked
             return torch.zeros_like(x)
 
+    asked = []
+
     def classifier(x, t):
+        asked.append(t.unique().item())
         return x.flatten(1) * moves
 
     x = torch.randn(6, 2, 1, 1)
-    y = torch.zeros(6, dtype=torch.int64)
+    y, s = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.0, 3.0, 1.0, 0.0, 3.0, 1.0])
     torch.manual_seed(1)
-    found = cond.sample(Still(), x.shape, schedule, y, 2.0, "classifier", classifier, "ancestral",
-                        clip_x0=False, xT=x)
+    found = list(cond.classifier_guided_process(Still(), classifier, x, schedule, y, s, variance,
+                                                clip_x0=False))
+    assert asked == [5, 4, 3, 2, 1]
     torch.manual_seed(1)
     for t in range(5, 0, -1):
+        assert found[5 - t][0] == t
+        assert_close(found[5 - t][1], x, rtol=1e-4, atol=1e-5)
         p = (x.flatten(1) * moves).softmax(1)
-        # the gradient of log softmax_0: m_0 (1 - p_0) along x_0, -m_1 p_1 along x_1
-        gradient = torch.stack([0.7 * (1 - p[:, 0]), 0.7 * p[:, 1]], 1).view(6, 2, 1, 1)
-        mean, variance = cond.q_posterior(x / schedule.alpha_bars[t].sqrt(), x, t, schedule)
+        # the gradient of log softmax_y: m_i ((i == y) - p_i) along x_i
+        gradient = moves * (F.one_hot(y, 2) - p)
+        beta, bar, before = schedule.betas[t], schedule.alpha_bars[t], schedule.alpha_bars[t - 1]
+        x0_hat = x / bar.sqrt()  # the network says eps_hat = 0
+        mean = (before.sqrt() * beta * x0_hat + (1 - beta).sqrt() * (1 - before) * x) / (1 - bar)
+        sigma2 = beta if variance == "beta" else beta * (1 - before) / (1 - bar)
         z = torch.randn_like(x) if t > 1 else 0
-        x = mean + 3 * variance * gradient + variance.sqrt() * z
-    assert_close(found, x, rtol=1e-4, atol=1e-5)
+        x = mean + s.view(-1, 1, 1, 1) * sigma2 * gradient.view(6, 2, 1, 1) + sigma2.sqrt() * z
+    assert found[5][0] == 0 and len(found) == 6
+    assert_close(found[5][1], x, rtol=1e-4, atol=1e-5)
+    torch.manual_seed(1)
+    again = cond.sample(Still(), x.shape, schedule, y, s - 1, "classifier", classifier, "ancestral",
+                        variance=variance, clip_x0=False, xT=found[0][1])
+    assert torch.equal(again, found[5][1])
+
+
+def test_the_clamp_of_x0_hat_comes_before_the_push_of_the_classifier():
+    """As the authors do: the mean that is moved is that of the clamped x0_hat."""
+    schedule = cond.make_schedule("linear", 5)
+    model = Plain()
+    x, y = torch.randn(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
+
+    def classifier(x, t):
+        return torch.stack([x.flatten(1).sum(1), 0 * x.flatten(1).sum(1)], 1)
+
+    _, (_, found) = list(cond.classifier_guided_process(model, classifier, x, one_step(schedule), y,
+                                                        8.0, "beta"))
+    p = x.flatten(1).sum(1).sigmoid().view(-1, 1, 1, 1)
+    assert_close(found, -1 + 8 * schedule.betas[5] * (1 - p).expand_as(x), rtol=1e-4, atol=1e-4)
+
+
+def one_step(schedule):
+    """The schedule of one step that is as noisy as the last of this one."""
+    return cond.Schedule(*(torch.stack([a[0], a[-1]]) for a in (
+        schedule.betas, 1 - schedule.betas, 1 - schedule.betas)))
+
+
+SAMPLERS = [(guidance, sampler) for guidance in ("classifier_free", "classifier", "none")
+            for sampler in ("ddim", "ancestral")]
+
+
+@pytest.mark.parametrize("guidance, sampler", SAMPLERS)
+def test_the_process_yields_every_state_with_its_t(guidance, sampler):
+    """t descends from T, x_T is the noise given, (0, x_0) is last and what sample returns."""
+    schedule = double(cond.make_schedule("linear", 12))
+    exact = mixture_eps(schedule.alpha_bars)
+    exact.classes = 3
+    xT, y = torch.randn(5, 2, 1, 1, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    how = {"w": 1.0, "guidance": guidance, "classifier": Logits(exact), "sampler": sampler, "S": 4,
+           "eta": 0.5}
+    torch.manual_seed(2)
+    states = list(cond.guided_process(exact, xT, schedule, y, **how))
+    ts = [t for t, _ in states]
+    assert ts == ([12, 9, 6, 3, 0] if sampler == "ddim" else list(range(12, -1, -1)))
+    assert torch.equal(states[0][1], xT)
+    for (_, a), (_, b) in zip(states, states[1:], strict=False):
+        assert (a - b).abs().max() > 1e-3
+    torch.manual_seed(2)
+    assert torch.equal(cond.sample(exact, xT.shape, schedule, y, **how, xT=xT), states[-1][1])
+    torch.manual_seed(3)
+    drawn = cond.sample(exact, xT.shape, schedule, y, **how)  # noise of its own
+    assert drawn.shape == xT.shape and (drawn - states[-1][1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("guidance, sampler", SAMPLERS)
+def test_the_process_is_the_plain_sampler_with_a_guided_network(guidance, sampler):
+    """eta, S, spacing, variance and clip_x0 of guided_process reach the steps."""
+    schedule = double(cond.make_schedule("linear", 12))
+    exact = mixture_eps(schedule.alpha_bars)
+    exact.classes, classifier = 3, Logits(exact)
+    xT, y = torch.randn(5, 2, 1, 1, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    w = torch.tensor([0.0, 1.0, -1.0, 3.0, 0.5])
+    guided = {"classifier_free": lambda x, t: cond.cfg_eps(exact, x, t, y, w),
+              "classifier": lambda x, t: cond.classifier_guided_eps(
+                  exact, classifier, x, t, y, 1 + w, schedule.alpha_bars),
+              "none": lambda x, t: exact(x, t, y)}[guidance]
+    ends = []
+    for change in ({}, {"S": 3}, {"eta": 0.9}, {"spacing": "quadratic"}, {"variance": "beta"},
+                   {"clip_x0": False}):
+        how = {"S": 5, "eta": 0.3, "spacing": "linear", "variance": "beta_tilde",
+               "clip_x0": True} | change
+        torch.manual_seed(4)
+        *_, (_, found) = cond.guided_process(exact, xT, schedule, y, w, guidance, classifier,
+                                             sampler, **how)
+        torch.manual_seed(4)
+        if sampler == "ddim":
+            wanted = cond.ddim_process(guided, xT, schedule, how["S"], how["eta"], how["spacing"],
+                                       how["clip_x0"])
+        elif guidance == "classifier":
+            wanted = cond.classifier_guided_process(exact, classifier, xT, schedule, y, 1 + w,
+                                                    how["variance"], how["clip_x0"])
+        else:
+            wanted = cond.reverse_process(guided, xT, schedule, how["variance"], how["clip_x0"])
+        *_, (_, wanted) = wanted
+        assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+        ends.append((change, found))
+    matter = {"S", "eta", "spacing"} if sampler == "ddim" else {"variance"}
+    for change, end in ends[1:]:
+        told = (end - ends[0][1]).abs().max() > 1e-4
+        assert told == bool(set(change) & (matter | {"clip_x0"})), change
 
 
 def test_the_gradient_is_taken_with_respect_to_x_t():
@@ -271,11 +387,77 @@ def test_a_dit_block_starts_as_the_identity():
 
 
 def test_dit_positions_tell_rows_from_columns():
-    p = cond.positions_2d(5, 16).view(5, 5, 16)
-    assert_close(p[2, :, :8], p[2, :1, :8].expand(5, 8))  # the first half knows the row
+    p = cond.positions_2d(5, 6, 16).view(5, 6, 16)
+    assert_close(p[2, :, :8], p[2, :1, :8].expand(6, 8))  # the first half knows the row
     assert_close(p[:, 3, 8:], p[:1, 3, 8:].expand(5, 8))  # the second half the column
-    assert torch.cdist(p.view(25, 16), p.view(25, 16)).fill_diagonal_(9).min() > 0.1
+    assert torch.cdist(p.view(30, 16), p.view(30, 16)).fill_diagonal_(9).min() > 0.1
     assert_close(p[1, 0, :4], (10000 ** (-torch.arange(4.0) / 4)).sin())
+    assert_close(p[0, 5, 12:], (5 * 10000 ** (-torch.arange(4.0) / 4)).cos())
+
+
+@torch.no_grad()
+def test_a_dit_knows_where_its_patches_are(monkeypatch):
+    """Two patches swapped do not just swap the output: without positions they would."""
+    model, t = awake(dit()), torch.tensor([5])
+    x = torch.randn(1, 1, 16, 16)
+
+    def swapped(x):
+        out = x.clone()
+        out[..., :4, :4], out[..., 8:12, 4:8] = x[..., 8:12, 4:8], x[..., :4, :4]
+        return out
+
+    assert (model(swapped(x), t) - swapped(model(x, t))).abs().max() > 0.05
+    monkeypatch.setattr(cond, "positions_2d", lambda rows, columns, width, device=None:
+                        torch.zeros(rows * columns, width, device=device))
+    assert_close(model(swapped(x), t), swapped(model(x, t)), rtol=1e-3, atol=1e-4)
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, one head. q, k, v: (N, d)."""
+    return (q @ k.T / math.sqrt(q.shape[1])).softmax(1) @ v
+
+
+@torch.no_grad()
+def test_dit_attention_is_that_of_the_formula_head_by_head():
+    block, x = cond.DiTBlock(12, 3), torch.randn(2, 7, 12)
+    block.qkv.weight.mul_(4)  # so that the softmax is far from uniform
+    found = block.attend(x)
+    for b in range(2):
+        q, k, v = block.qkv(x[b]).chunk(3, 1)
+        heads = [attention(q[:, i:i + 4], k[:, i:i + 4], v[:, i:i + 4]) for i in (0, 4, 8)]
+        assert_close(found[b], block.out(torch.cat(heads, 1)), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_unet_attention_is_that_of_the_formula_head_by_head():
+    layer, x = awake(cond.Attention(12, 3, 4)), torch.randn(2, 12, 3, 4)
+    layer.qkv.weight.mul_(4)
+    found = layer(x)
+    for b in range(2):
+        rows = layer.qkv(F.group_norm(x, 4, layer.norm.weight, layer.norm.bias))[b].flatten(1).T
+        q, k, v = rows.chunk(3, 1)  # each (12 positions, 12 channels)
+        heads = [attention(q[:, i:i + 4], k[:, i:i + 4], v[:, i:i + 4]) for i in (0, 4, 8)]
+        merged = torch.cat(heads, 1).T.reshape(1, 12, 3, 4)
+        assert_close(found[b:b + 1], x[b:b + 1] + layer.out(merged), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_dit_block_is_adaln_zero_by_the_formula():
+    """Both branches are normed, shifted, scaled and gated, each by its own part of c."""
+    block, x, c = cond.DiTBlock(8, 2).eval(), 3 * torch.randn(2, 5, 8) + 2, torch.randn(2, 8)
+    parts = block.condition(F.silu(c)).view(2, 6, 1, 8).unbind(1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = parts
+
+    def norm(x):
+        gap = x - x.mean(2, keepdim=True)
+        return gap / (gap.square().mean(2, keepdim=True) + 1e-6).sqrt()
+
+    h = x + gate1 * block.attend(norm(x) * (1 + scale1) + shift1)
+    wanted = h + gate2 * block.mlp(norm(h) * (1 + scale2) + shift2)
+    assert_close(block(x, c), wanted, rtol=1e-4, atol=1e-5)
+    gelu = block.mlp[1](torch.tensor([1.0]))
+    inner = math.tanh(math.sqrt(2 / math.pi) * (1 + 0.044715))
+    assert_close(gelu, torch.tensor([0.5 * (1 + inner)]))
 
 
 def test_dit_tokens_attend_to_each_other():
@@ -290,14 +472,15 @@ def test_dit_tokens_attend_to_each_other():
     assert change[..., :4, :4].max() > 1e-3
 
 
-def test_dit_puts_each_patch_back_where_it_came_from():
+def test_dit_puts_each_patch_back_where_it_came_from(monkeypatch):
     """With the layers opened so that tokens pass unmixed, a bright patch stays in its place."""
     model = dit(width=64, patch=4)
     torch.nn.init.zeros_(model.embed.weight)
     torch.nn.init.eye_(model.embed.weight[:16])
     torch.nn.init.eye_(model.out.weight[:, :16])
-    model.positions.zero_()
-    x = torch.zeros(1, 1, 16, 16)
+    monkeypatch.setattr(cond, "positions_2d", lambda rows, columns, width, device=None:
+                        torch.zeros(rows * columns, width, device=device))
+    x = torch.zeros(1, 1, 16, 24)
     x[0, 0, 4:8, 8:12] = torch.arange(16.0).view(4, 4) / 15
     out = model(x, torch.tensor([1]), torch.tensor([0]))
     token = torch.cat([x[0, 0, 4:8, 8:12].flatten(), torch.zeros(48)])
@@ -305,6 +488,66 @@ def test_dit_puts_each_patch_back_where_it_came_from():
     assert_close(out[0, 0, 4:8, 8:12], wanted, rtol=1e-4, atol=1e-5)
     out[0, 0, 4:8, 8:12] = 0
     assert not out.any()
+
+
+@BOTH
+@torch.no_grad()
+def test_pictures_need_not_be_square(make):
+    model, x = awake(make()), torch.randn(2, 1, 16, 24)
+    t, y = torch.tensor([3, 900]), torch.tensor([1, 5])
+    out = model(x, t, y)
+    assert out.shape == x.shape
+    assert_close(model(x[:1], t[:1], y[:1]), out[:1], rtol=1e-3, atol=1e-4)
+    assert model(x.mT.contiguous(), t, y).shape == (2, 1, 24, 16)
+    if make is dit:  # 4 rows and 6 columns of patches, each told its own place
+        seen = []
+        model.embed.register_forward_hook(lambda _, __, out: seen.append(out))
+        model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model(x, t, y)
+        wanted = cond.positions_2d(4, 6, 16).expand(2, 24, 16)
+        assert_close(seen[1] - seen[0], wanted, rtol=1e-4, atol=1e-5)
+    schedule = cond.make_schedule("linear", 4)
+    assert cond.sample(model, x.shape, schedule, y, S=2).shape == x.shape
+
+
+@BOTH
+@torch.no_grad()
+def test_the_networks_work_in_float64(make):
+    model, x = awake(make()), torch.randn(2, 1, 16, 16)
+    t, y = torch.tensor([3, 900]), torch.tensor([1, 5])
+    single = model(x, t, y)
+    double = model.double()(x.double(), t, y)
+    assert double.dtype == torch.float64
+    assert_close(double.float(), single, rtol=1e-3, atol=1e-3)
+    classifier = awake(cond.NoisyClassifier(1, 5, 8, 4)).double()
+    assert classifier(x.double(), t).dtype == torch.float64
+
+
+@torch.no_grad()
+def test_the_unet_hands_each_skip_to_its_twin_on_the_way_up():
+    """What a level made going down is concatenated, last made first, going up."""
+    model, made, got = awake(unet(blocks=2)), [], []
+    model.conv_in.register_forward_hook(lambda _, __, out: made.append(out))
+    for module in model.down:
+        last = module if isinstance(module, cond.Downsample) else module[1]
+        last.register_forward_hook(lambda _, __, out: made.append(out))
+    for module in model.up:
+        if not isinstance(module, cond.Upsample):
+            module[0].register_forward_pre_hook(lambda _, args: got.append(args[0]))
+    model(torch.randn(2, 1, 16, 16), torch.tensor([3, 9]))
+    assert len(made) == len(got) == 6
+    for skip, h in zip(reversed(made), got, strict=True):
+        assert skip.abs().max() > 0.1
+        assert torch.equal(h[:, -skip.shape[1]:], skip)
+
+
+@torch.no_grad()
+def test_the_unet_sees_its_input_through_the_skips_alone():
+    """Where the middle is silenced, the picture still reaches the output."""
+    model, t = awake(unet()), torch.tensor([5])
+    model.mid2.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+    a, b = (model(torch.randn(1, 1, 16, 16), t) for _ in range(2))
+    assert (a - b).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("name, millions", [("dit_s", 33), ("dit_b", 130), ("dit_l", 458),
@@ -342,14 +585,22 @@ def test_the_dit_overfits_one_batch():
 
 
 @BOTH
-def test_gradient_checkpointing_gives_the_same_gradients(make):
+def test_gradient_checkpointing_gives_the_same_gradients(make, tmp_path, monkeypatch):
+    """--grad_checkpointing: each block's activations are computed again, in the loop alone."""
+    count, found, true = [], [], runs.checkpoint
+    monkeypatch.setattr(runs, "checkpoint", lambda *a, **k: count.append(1) or true(*a, **k))
     x, t, y = torch.randn(2, 1, 16, 16), torch.tensor([3, 500]), torch.tensor([1, 2])
-    found = []
-    for on in (False, True):
+    for flags in ([], ["--grad_checkpointing"]):
         torch.manual_seed(3)
-        model = awake(make(grad_checkpointing=on)).train()
-        model(x, t, y).square().mean().backward()
+        model = awake(make()).train()
+        _, run, _ = open_run(cond, tmp_path, *flags)
+        for _ in run.training(1, model, torch.optim.SGD(model.parameters(), 0.0), keep=False):
+            model(x, t, y).square().mean().backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
+        blocks = [m for m in model.modules() if isinstance(m, cond.ResBlock | cond.DiTBlock)]
+        assert len(count) == (len(blocks) if flags else 0)
+    model(x, t, y)
+    assert len(count) == len(blocks)
     for a, b in zip(*found, strict=True):
         assert_close(a, b)
 
@@ -372,6 +623,322 @@ def test_the_noisy_classifier_sees_t_and_the_picture():
                  rtol=0.05, atol=1e-4)
 
 
+# The loops: what the networks are given
+
+
+def spied(monkeypatch, owner, name, look):
+    """Replace owner.name by itself with a witness: look(arguments by name, result)."""
+    true = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        bound = inspect.signature(true).bind(*args, **kwargs)
+        bound.apply_defaults()
+        out = true(*args, **kwargs)
+        look(bound.arguments, out)
+        return out
+
+    monkeypatch.setattr(owner, name, watched)
+
+
+@pytest.fixture(scope="module")
+def coded():
+    """Pictures of one grey each, that of their class: a picture says its label.
+
+    Held-out pictures are a little lighter; the classes come in no order.
+    """
+    def part(n, shift):
+        y = torch.randperm(n, generator=torch.Generator().manual_seed(n)) % 10
+        return (y / 5 - 0.9 + shift).view(-1, 1, 1, 1).expand(n, 1, 8, 8).contiguous(), y
+
+    (train, train_labels), (test, test_labels) = part(300, 0.0), part(30, 0.05)
+    return Data("coded", train, test, train_labels, test_labels, tuple("abcdefghij"))
+
+
+def label_of(x):
+    """The class of coded training pictures; a grey of no class is 99."""
+    grey = (x.mean((1, 2, 3)) + 0.9) * 5
+    return torch.where((grey - grey.round()).abs() < 0.01, grey.round(), 99).long()
+
+
+@pytest.mark.parametrize("flags, share", [
+    (["--backbone", "unet"], 0.3), (["--backbone", "dit"], 0.3), (["--p_uncond", "0"], 0.0),
+], ids=["unet", "dit", "none dropped"])
+def test_training_gives_each_picture_its_label_or_the_null_class(flags, share, tmp_path, coded,
+                                                                 monkeypatch):
+    """[CFG] Alg. 1: y belongs to x_0 and is the null class, 10, with probability p_uncond."""
+    pictures, got = [], []
+    spied(monkeypatch, cond, "ddpm_loss", lambda given, _: pictures.append(given["x0"]))
+
+    def listen(_, model):
+        def hear(_, args, named):
+            got.append((args[1], named["y"] if "y" in named else (*args, None, None)[2]))
+        model.register_forward_pre_hook(hear, with_kwargs=True)
+
+    spied(monkeypatch, cond, "make_model", listen)
+    cfg, run, _ = open_run(cond, tmp_path, "--p_uncond", 0.3, "--batch_size", 200,
+                           "--preview_every", 100, "--dit_patch", 4, *flags)
+    model = cond.train(cfg, run, coded)
+    assert len(pictures) == len(got) == cfg.steps and not model.training
+    x0, y = torch.cat(pictures), torch.cat([y for _, y in got])
+    kept = y != 10
+    assert (label_of(x0) < 10).all()  # of the training part
+    assert torch.equal(y[kept], label_of(x0)[kept])
+    assert len(y) == 1200 and abs((~kept).float().mean() - share) < 0.055 * (share > 0) + 1e-9
+    for c in range(10 if share else 0):  # every class loses some, none all
+        assert 0.1 < (~kept)[label_of(x0) == c].float().mean() < 0.5
+    t = torch.cat([t for t, _ in got])
+    assert set(t.tolist()) == set(range(1, cfg.T + 1))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_training_mirrors_pictures_where_flip_says_so(flip, tmp_path, monkeypatch):
+    """In both loops, that of the network and that of the noisy classifier."""
+    monkeypatch.setattr(common.data, "CACHE", tmp_path / "cache")
+    x = torch.full((40, 1, 8, 8), -0.5)
+    x[..., :4] = 0.5  # bright on the left
+    data = Data("half", x, x[:4], torch.arange(40) % 10, torch.arange(4), tuple("abcdefghij"))
+    cfg, run, _ = open_run(cond, tmp_path, "--preview_every", 100, *["--flip"] * flip)
+    seen, batch = [], run.batch
+
+    def watching(*args):
+        out = batch(*args)
+        seen.append(out[0])
+        return out
+
+    run.batch = watching
+    cond.train(cfg, run, data)
+    assert len(seen) == cfg.steps
+    cond.train_classifier(cfg, run, data, cond.make_schedule("linear", cfg.T))
+    assert len(seen) == cfg.steps + cfg.classifier_steps
+    for part in (seen[:cfg.steps], seen[cfg.steps:]):
+        share = (torch.cat(part)[:, 0, 0, 0] < 0).float().mean()
+        assert 0.2 < share < 0.8 if flip else share == 0
+
+
+def test_the_noisy_classifier_learns_from_noisy_pictures_and_their_labels(tmp_path, coded,
+                                                                          monkeypatch):
+    """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps with t over all of 1..T."""
+    monkeypatch.setattr(common.data, "CACHE", tmp_path / "cache")
+    batches, given, labels = [], [], []
+
+    def listen(classifier, args):
+        given.append(args)
+
+    def made(_, classifier):
+        classifier.register_forward_pre_hook(listen)
+
+    spied(monkeypatch, cond, "NoisyClassifier", made)
+    true = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, y, *rest: labels.append(y)
+                        or true(logits, y, *rest))
+    cfg, run, _ = open_run(cond, tmp_path, "--classifier_steps", 30, "--T", 12, "--S", 5)
+    batch = run.batch
+
+    def watching(*args):
+        batches.append(batch(*args))
+        return batches[-1]
+
+    run.batch = watching
+    schedule = cond.make_schedule("linear", 12)
+    classifier = cond.train_classifier(cfg, run, coded, schedule)
+    assert not classifier.training and not any(p.requires_grad for p in classifier.parameters())
+    assert len(batches) == len(given) == len(labels) == 30
+    x0, y = (torch.cat(part) for part in zip(*batches, strict=True))
+    xt, t = (torch.cat(part) for part in zip(*given, strict=True))
+    assert torch.equal(torch.cat(labels), y) and torch.equal(label_of(x0), y)
+    assert set(t.tolist()) == set(range(1, 13))
+    alpha_bar = schedule.alpha_bars[t].view(-1, 1, 1, 1)
+    eps = (xt - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()  # a roll leaves grey as it is
+    for value in range(1, 13):
+        of_t = eps[t == value]
+        assert_close(of_t.std().item(), 1.0, rtol=0.06, atol=0)
+        assert abs(of_t.mean()) < 0.08
+    assert not run.path("classifier_log.csv").exists()  # and no checkpoint of the run's
+    assert not run.path("checkpoint.pt").exists()
+
+
+def test_the_noisy_classifier_is_kept_on_disk_unless_it_was_stopped(tmp_path, coded, monkeypatch):
+    """Another schedule, length or data set is another classifier; the draws stay as they were."""
+    monkeypatch.setattr(common.data, "CACHE", tmp_path / "cache")
+    loops, schedule = [], cond.make_schedule("linear", 20)
+
+    def fitted(*flags, data=coded, stop=False):
+        cfg, run, _ = open_run(cond, tmp_path, *flags)
+        training = run.training
+
+        def counted(*args, **kwargs):
+            loops.append(1)
+            for step in training(*args, **kwargs):
+                run.stopped = stop
+                yield step
+
+        run.training = counted
+        torch.manual_seed(5)
+        classifier = cond.train_classifier(cfg, run, data, schedule)
+        assert_close(torch.rand(1), wanted)
+        return classifier.state_dict()
+
+    torch.manual_seed(5)
+    wanted = torch.rand(1)
+    fitted(stop=True)
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+    first, again = fitted(), fitted()
+    assert len(loops) == 2 and len(list((tmp_path / "cache").iterdir())) == 1
+    assert_same_tree(dict(first), dict(again))
+    lighter = Data("coded", coded.train + 0.1, coded.test, coded.train_labels, coded.test_labels,
+                   coded.classes)
+    for n, (flags, data) in enumerate([(["--classifier_steps", 5], coded), (["--T", 19], coded),
+                                       (["--beta_T", 0.03], coded), ([], lighter)], 3):
+        fitted(*flags, data=data)
+        assert len(loops) == n
+
+
+# Main: what the flags reach
+
+
+class Pictures:
+    """Stands in for `plotting`: notes what would be drawn, {name of the file: arguments}."""
+
+    def __init__(self):
+        self.drawn = {}
+
+    def __getattr__(self, name):
+        if name == "evenly":
+            return plotting.evenly
+
+        def note(*args, **_):
+            if args and hasattr(args[0], "name"):
+                self.drawn[args[0].name] = args[1:]
+        return note
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, coded):
+    """The folder of a smoke run on the coded pictures, and its averaged network."""
+    cfg, run, _ = open_run(cond, tmp_path_factory.mktemp("trained"), "--preview_every", 100)
+    return run.folder, cond.train(cfg, run, coded)
+
+
+@pytest.fixture
+def drawing(trained, coded, tmp_path, monkeypatch):
+    """main --sample of that run with some flags: (figures, calls of each sampler, run folder)."""
+    def draw(*flags, classifier=None):
+        figures, calls = Pictures(), {}
+        for name in ("ddim_process", "reverse_process", "classifier_guided_process", "cfg_eps",
+                     "classifier_guided_eps"):
+            calls[name] = []
+            spied(monkeypatch, cond, name, lambda given, _, into=calls[name]: into.append(given))
+        monkeypatch.setattr(cond, "plotting", figures)
+        monkeypatch.setattr(cond, "load_images", lambda *_: coded)
+        monkeypatch.setattr(cond.metrics, "load_classifier", lambda *_: (None, {}))
+        if classifier:
+            monkeypatch.setattr(cond, "train_classifier", lambda *_: classifier)
+        cond.main(["--sample", str(trained[0]), "--out", str(tmp_path / "drawn"), "--device", "cpu",
+                   *map(str, flags)])
+        return figures.drawn, calls, only_run(tmp_path / "drawn", "conditional")
+    return draw
+
+
+def runs_of(values):
+    """Each value once where it is repeated in a row."""
+    return [value for value, _ in groupby(values)]
+
+
+def test_the_flags_of_ddim_reach_the_sampler(drawing, trained):
+    """S, eta, spacing and clip_x0 everywhere; each figure its w and classes; the network is the
+    average in eval mode.
+    """
+    figures, calls, folder = drawing("--S", 3, "--eta", 0.5, "--spacing", "quadratic",
+                                     "--no-clip_x0", "--w", -1, 0, 3, "--w_samples", 0.5,
+                                     "--classes", 3, 1, 4, "--n_samples", 7)
+    assert calls["reverse_process"] == calls["classifier_guided_process"] == []
+    assert len(calls["ddim_process"]) == 1 + 3 + 5 + 1  # samples, grid, same_noise, the film
+    for given in calls["ddim_process"]:
+        assert (given["S"], given["eta"], given["spacing"]) == (3, 0.5, "quadratic")
+        assert given["clip_x0"] is False
+        wanted = cond.make_schedule("linear", 20).alpha_bars
+        assert torch.equal(given["schedule"].alpha_bars, wanted)
+    asked = calls["cfg_eps"]
+    assert runs_of([float(given["w"]) for given in asked]) == [0.5, -1, 0, 3, 0.5]
+    for given in asked:
+        assert not given["model"].training
+        for name, value in trained[1].state_dict().items():
+            assert torch.equal(given["model"].state_dict()[name], value)
+    labels = runs_of([tuple(given["y"].tolist()) for given in asked])
+    assert labels == [(3, 1, 4, 3, 1, 4, 3), (3, 1, 4), tuple(range(10)), (3, 1, 4, 3, 1, 4, 3)]
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["sampling"]["n"] == 7 and found["sampling"]["network_calls"] == 3
+    rows, _, names, columns = figures["grid.png"]
+    assert names == ["w = -1", "w = 0", "w = 3"] and columns == ["d", "b", "e"]
+    noises = [given["xT"] for given in calls["ddim_process"]]
+    assert all(torch.equal(xT, noises[1]) for xT in noises[2:4])  # grid: one noise a column
+    for xT in noises[4:9]:  # same_noise: one noise a row
+        assert torch.equal(xT, xT[:1].expand_as(xT))
+    assert not torch.equal(noises[4], noises[5])
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_the_flags_of_the_ancestral_sampler_reach_it(variance, drawing):
+    _, calls, folder = drawing("--sampler", "ancestral", "--variance", variance, "--n_samples", 4,
+                               "--no-clip_x0", "--w", 2)
+    assert calls["ddim_process"] == [] and len(calls["reverse_process"]) == 1 + 1 + 5 + 1
+    for given in calls["reverse_process"]:
+        assert (given["variance"], given["clip_x0"]) == (variance, False)
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["sampling"]["network_calls"] == 20
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
+def test_the_flags_of_classifier_guidance_reach_it(sampler, drawing):
+    """The scale is s = 1 + w, the classifier the one that was trained."""
+    classifier = cond.NoisyClassifier(1, 10, 8, 4).eval().requires_grad_(False)
+    figures, calls, _ = drawing("--guidance", "classifier", "--sampler", sampler, "--variance",
+                                "beta", "--w", -1, 0, 3, "--w_samples", 0.5, "--n_samples", 4,
+                                "--eta", 0.25, classifier=classifier)
+    used = calls["classifier_guided_eps" if sampler == "ddim" else "classifier_guided_process"]
+    assert runs_of([float(given["s"]) for given in used]) == [1.5, 0, 1, 4, 1.5]
+    assert all(given["classifier"] is classifier for given in used)
+    assert figures["grid.png"][2] == ["s = 0", "s = 1", "s = 4"]
+    if sampler == "ancestral":
+        assert calls["ddim_process"] == [] and calls["reverse_process"] == []
+        assert all(given["variance"] == "beta" and given["clip_x0"] for given in used)
+    else:
+        assert all(given["eta"] == 0.25 and given["S"] == 5 for given in calls["ddim_process"])
+
+
+def test_without_guidance_the_labels_alone_are_used(drawing):
+    figures, calls, _ = drawing("--guidance", "none", "--n_samples", 4)
+    assert calls["cfg_eps"] == calls["classifier_guided_eps"] == []
+    assert len(calls["ddim_process"]) == 1 + 1 + 5 + 1
+    assert figures["grid.png"][2] == ["no guidance"]
+
+
+# Resume
+
+
+@pytest.mark.parametrize("backbone", ["unet", "dit"])
+@pytest.mark.parametrize("stop", [2, 3, 6])
+def test_a_resumed_run_ends_with_the_same_bytes(stop, backbone, tmp_path, coded):
+    files = []
+    for name in ("whole", "stopped"):
+        cfg, run, _ = open_run(cond, tmp_path / name, "--backbone", backbone, "--dropout", 0.1)
+        if name == "stopped":
+            log = run.log
+
+            def stopping(step, *rest, run=run, log=log, **values):
+                log(step, *rest, **values)
+                run.stopped = step == stop
+
+            run.log = stopping
+            cond.train(cfg, run, coded)
+            run.flush_log()
+            cfg, run, _ = open_run(cond, tmp_path / name, "--resume", run.folder)
+        cond.train(cfg, run, coded)
+        run.flush_log()
+        files.append([(run.folder / file).read_bytes() for file in ("checkpoint.pt", "log.csv")])
+    assert files[0] == files[1]
+
+
 # The command line
 
 
@@ -389,8 +956,11 @@ def test_the_noisy_classifier_sees_t_and_the_picture():
     (["--sampler", "euler"], ["--sampler euler", "ddim, ancestral"]),
     (["--backbone", "dit", "--dit_patch", "5"], ["--image_size 28", "multiple of 5", "25, 30"]),
     (["--image_size", "30", "--backbone", "unet"], ["--image_size 30", "multiple of 4"]),
-    (["--dit_heads", "5"], ["--dit_heads 5", "--dit_width 16"]),
-    (["--dit_width", "18"], ["--dit_width 18", "multiple of 4"]),
+    (["--backbone", "dit", "--dit_heads", "5"], ["--dit_heads 5", "--dit_width 16"]),
+    (["--backbone", "dit", "--dit_width", "18"], ["--dit_width 18", "multiple of 4"]),
+    (["--compare", "1", "--dit_heads", "5"], ["--dit_heads 5", "--dit_width 16"]),
+    (["--compare", "-1"], ["--compare -1.0", ">= 0"]),
+    (["--compare", "1", "--sample"], ["--compare 1", "was made with 0"]),
     (["--p_uncond", "1"], ["--p_uncond 1.0", "[0, 1)"]),
     (["--p_uncond", "0"], ["--p_uncond 0", "null class"]),
     (["--S", "21"], ["--S 21", "[1, 20]"]),
@@ -452,20 +1022,18 @@ def test_smoke_run_writes_every_file(smoke):
     assert 0 <= found["samples"]["accuracy"] <= 1
     assert found["samples"]["classifier"]["accuracy"] > 0.95
     state = torch.load(smoke / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 6 and state["classes"] == 10 and state["shape"] == [1, 28, 28]
+    assert state["step"] == 6 and state["loop"] == "model" and state["script"] == "conditional"
     assert state["ema"]["label.weight"].shape[0] == 11
 
 
 @pytest.mark.slow
 def test_sample_draws_exactly_the_classes_and_weights_asked_for(smoke, tmp_path, monkeypatch):
-    tables, asked, true = {}, [], cond.sample
-
-    def spy(model, shape, schedule, y, w, *rest, **how):
-        asked.append((y.tolist(), w.tolist()))
-        return true(model, shape, schedule, y, w, *rest, **how)
-
-    monkeypatch.setattr(cond, "sample", spy)
-    monkeypatch.setattr(cond.plotting, "save_rows", lambda path, rows, title, *labels:
+    tables, asked = {}, []
+    spied(monkeypatch, cond, "sample", lambda given, _: asked.append(
+        (given["y"].tolist(), float(given["w"]))))
+    spied(monkeypatch, cond, "guided_process", lambda given, _: asked.append(
+        (given["y"].tolist(), float(given["w"]))))
+    monkeypatch.setattr(cond.plotting, "table", lambda path, rows, title, *labels:
                         tables.update({path.name: (rows, *labels)}))
     cond.main(["--sample", str(smoke), "--out", str(tmp_path), "--classes", "3", "1", "4", "1", "5",
                "--w", "0", "1", "3", "8"])
@@ -473,13 +1041,16 @@ def test_sample_draws_exactly_the_classes_and_weights_asked_for(smoke, tmp_path,
     assert len(rows) == 4 and all(len(row) == 5 for row in rows)
     assert names == ["w = 0", "w = 1", "w = 3", "w = 8"] and columns == ["3", "1", "4", "1", "5"]
     y, w = asked[0]
-    assert y == [3, 1, 4, 1, 5] * 4 and w == [0.0] * 5 + [1.0] * 5 + [3.0] * 5 + [8.0] * 5
-    assert set(asked[1][0]) == {1, 3, 4, 5}
+    assert y == [3, 1, 4, 1, 5] * 4 and w == 2.0  # the smoke preset's n_samples and w_samples
+    assert [([3, 1, 4, 1, 5], w) in asked for w in (0.0, 1.0, 3.0, 8.0)] == [True] * 4
+    assert len(tables["same_noise.png"][0]) == 5
 
 
 @pytest.mark.slow
 def test_classifier_guidance_and_evaluation(smoke, tmp_path, monkeypatch):
-    monkeypatch.setattr(cond, "CACHE", tmp_path / "cache")
+    judge = cond.metrics.load_classifier(load_images("digits"))  # from the cache of the repository
+    monkeypatch.setattr(cond.metrics, "load_classifier", lambda *_: judge)
+    monkeypatch.setattr(common.data, "CACHE", tmp_path / "cache")
     cond.main(["--sample", str(smoke), "--out", str(tmp_path), "--guidance", "classifier",
                "--sampler", "ancestral", "--classifier_steps", "60", "--evaluate", "20"])
     folder = only_run(tmp_path, "conditional")
@@ -487,7 +1058,7 @@ def test_classifier_guidance_and_evaluation(smoke, tmp_path, monkeypatch):
     found = json.loads((folder / "metrics.json").read_text())
     assert found["noisy_classifier_accuracy_by_t"]["1"] > 0.3  # chance: 0.1
     for table in found["guidance_sweep"].values():
-        assert list(table) == ["0", "2"]
+        assert list(table) == ["-1", "0", "2"]
         for row in table.values():
             assert 0 <= row["accuracy"] <= 1 and math.isfinite(row["frechet_distance"])
     assert len(list((tmp_path / "cache").iterdir())) == 1
@@ -499,15 +1070,15 @@ def test_the_dit_runs_and_resumes_to_the_last_bit(tmp_path):
     cond.main([*argv, "--out", str(tmp_path / "a")])
     whole = only_run(tmp_path / "a", "conditional")
     check_pictures(whole)
-    true = cond.Run.log
+    true = runs.Run.log
 
-    def die(run, step, **values):
-        true(run, step, **values)
+    def die(run, step, *rest, **values):
+        true(run, step, *rest, **values)
         if step == 5:
             raise MemoryError
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(cond.Run, "log", die)
+        patch.setattr(runs.Run, "log", die)
         cond.main([*argv, "--out", str(tmp_path / "b")])
     cond.main(["--resume", "--out", str(tmp_path / "b")])
     resumed = only_run(tmp_path / "b", "conditional")

@@ -1,14 +1,16 @@
 """DDIM against closed forms: for Gaussian data the exact eps and the exact flow are known."""
 
+import json
 import math
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import only_run, open_picture, open_run, run_script
 from torch.testing import assert_close
 
 import ddim_example as ddim
 import ddpm_example as ddpm
+from common.runs import open_run as open_any_run
 
 MEAN, STD = 0.4, 0.3
 
@@ -74,12 +76,17 @@ def test_eta_0_follows_the_flow_at_first_order(schedule):
     assert all(1.7 < ratio < 2.3 for ratio in ratios), (errors, ratios)
 
 
-@pytest.mark.parametrize("eta, sigma_hat", [(0.0, False), (0.5, False), (1.0, False)])
-def test_mixture_keeps_its_modes(schedule, eta, sigma_hat):
+def end(states):
+    """x_0, the last state of a sampler."""
+    return list(states)[-1][1]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_mixture_keeps_its_modes(schedule, eta):
     torch.manual_seed(0)
     model = mixture_eps(schedule)
-    x = ddim.ddim_sample(model, (6000, 1, 1, 1), schedule, 200, eta, clip_x0=False, xT=noise(6000),
-                         sigma_hat=sigma_hat).flatten()
+    x = ddim.ddim_sample(model, (6000, 1, 1, 1), schedule, 200, eta, clip_x0=False,
+                         xT=noise(6000)).flatten()
     low = x < -0.25
     assert abs(low.double().mean().item() - 0.3) < 0.03
     assert_close(x[low].mean(), torch.tensor(-1.0).double(), atol=0.02, rtol=0)
@@ -110,13 +117,47 @@ def test_sigma_of_eq_16_is_beta_tilde_for_one_step(schedule):
 def test_sigma_hat_changes_only_the_noise(schedule):
     x, eps, z, a = noise(4), noise(4, 1), noise(4, 2), schedule.alpha_bars
     zero = torch.zeros_like(z)
-    assert_close(ddim.ddim_step(x, eps, 500, 400, a, 1.0, zero, True),
-                 ddim.ddim_step(x, eps, 500, 400, a, 1.0, zero))
-    added = ddim.ddim_step(x, eps, 500, 400, a, 1.0, z, True) - ddim.ddim_step(
-        x, eps, 500, 400, a, 1.0, zero, True)
+    quiet = ddim.sigma_hat_step(x, eps, 500, 400, a, 1.0, zero)
+    assert_close(quiet, ddim.ddim_step(x, eps, 500, 400, a, 1.0, zero))
+    added = ddim.sigma_hat_step(x, eps, 500, 400, a, 1.0, z) - quiet
     assert_close(added, (1 - a[500] / a[400]).sqrt() * z)
-    assert_close(ddim.ddim_step(x, eps, 20, 0, a, 1.0, z, True),
-                 ddim.ddim_step(x, eps, 20, 0, a, 1.0, zero, True))
+    smaller = ddim.ddim_step(x, eps, 500, 400, a, 1.0, z) - quiet
+    assert (added.abs() > smaller.abs()).all()  # sigma_hat is the larger of the two
+    assert_close(ddim.sigma_hat_step(x, eps, 20, 0, a, 1.0, z),
+                 ddim.sigma_hat_step(x, eps, 20, 0, a, 1.0, zero))
+
+
+def test_the_step_given_to_the_process_is_the_one_it_takes(schedule):
+    model, xT = gaussian_eps(schedule), noise(4)
+    torch.manual_seed(3)
+    found = end(ddim.ddim_process(
+        model, xT, schedule, 4, 1.0, clip_x0=False, step=ddim.sigma_hat_step))
+    torch.manual_seed(3)
+    x = xT
+    for t, s in ((1000, 750), (750, 500), (500, 250), (250, 0)):
+        eps_hat = model(x, torch.full((4,), t))
+        z = torch.randn_like(x)
+        x = ddim.sigma_hat_step(x, eps_hat, t, s, schedule.alpha_bars, 1.0, z)
+    assert_close(found, x)
+    torch.manual_seed(3)
+    other = ddim.ddim_sample(model, xT.shape, schedule, 4, 1.0, clip_x0=False, xT=xT)
+    assert (found - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_process_yields_the_states_along_tau(schedule, eta):
+    asked = []
+
+    def model(x, t):
+        asked.append((int(t[0]), x))
+        return gaussian_eps(schedule)(x, t)
+
+    xT = noise(4)
+    states = list(ddim.ddim_process(model, xT, schedule, 4, eta, "quadratic"))
+    assert [t for t, _ in states] == [1000, 562, 250, 62, 0]
+    assert states[0][1] is xT
+    for (t, x), (at, xt) in zip(states[:-1], asked, strict=True):
+        assert t == at and x is xt
 
 
 def test_every_eta_keeps_the_marginal(schedule):
@@ -161,7 +202,9 @@ def test_one_step_is_x0_hat(schedule):
     xT = noise(5)
     for clip in (False, True):
         x = ddim.ddim_sample(gaussian_eps(schedule), xT.shape, schedule, 1, clip_x0=clip, xT=xT)
-        assert_close(x, ddim.predict_x0(gaussian_eps(schedule), xT, 1000, schedule, clip))
+        eps_hat = gaussian_eps(schedule)(xT, torch.full((5,), 1000))
+        x0_hat = ddim.predict_x0(xT, eps_hat, 1000, schedule.alpha_bars)
+        assert_close(x, x0_hat.clamp(-1, 1) if clip else x0_hat)
 
 
 def test_the_clamp_recomputes_eps(schedule):
@@ -222,9 +265,12 @@ def test_a_quarter_turn():
 
 
 @pytest.mark.parametrize("argv, word", [
-    (["--S", "1001"], "--S 1001"), (["--S", "0"], "--S 0"), (["--eta", "1.5"], "--eta 1.5"),
-    (["--eta", "-0.1"], "--eta -0.1"), (["--spacing", "cubic"], "--spacing cubic"),
-    (["--eta", "nan"], "--eta nan"), (["--sigma_hat"], "--eta")])
+    (["--S", "1001"], "--S 1001: must be in [1, 1000]"), (["--S", "0"], "--S 0: must be >= 1"),
+    (["--preset", "smoke", "--S", "21"], "--S 21: must be in [1, 20]"),
+    (["--eta", "1.5"], "--eta 1.5: must be in [0, 1]"),
+    (["--eta", "-0.1"], "--eta -0.1"), (["--eta", "nan"], "--eta nan"),
+    (["--spacing", "cubic"], "--spacing cubic: must be one of linear, quadratic"),
+    (["--sigma_hat"], "--eta 0.0: must be 1 with --sigma_hat")])
 def test_mistakes_end_in_one_line(argv, word, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         ddim.main([*argv, "--out", str(tmp_path / "out")])
@@ -233,12 +279,83 @@ def test_mistakes_end_in_one_line(argv, word, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def finished(done):
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def ddpm_run(tmp_path_factory):
+    """A run folder of ddpm with a checkpoint, made by the smoke preset's six steps."""
+    cfg, run, data = open_run(ddpm, tmp_path_factory.mktemp("ddpm"))
+    ddpm.train(cfg, run, data)
+    return run.folder
+
+
+def test_a_ddpm_checkpoint_brings_its_network_and_ddim_its_sampler(ddpm_run, tmp_path):
+    """Fields that DDPM does not have are DDIM's own; the network and its weights are DDPM's."""
+    argv = ["--sample", str(ddpm_run), "--eta", "0.5", "--out", str(tmp_path)]
+    cfg, run = open_any_run("ddim", ddim.Config, ddim.PRESETS, argv, reads=("ddpm",))
+    assert (cfg.T, cfg.channels, cfg.groups) == (20, 8, 4)
+    assert (cfg.S, cfg.eta, cfg.n_samples) == (5, 0.5, 4)  # of ddim's smoke preset, and the flag
+    stored = torch.load(ddpm_run / "checkpoint.pt", weights_only=True)
+    model = run.trained(ddim.make_unet(cfg, (1, 28, 28)))
+    for name, value in model.state_dict().items():
+        assert_close(value, stored["ema"][name], rtol=0, atol=0)
+
+
 @pytest.mark.slow
-def test_samples_a_ddpm_checkpoint_without_training(tmp_path):
-    run_script("ddpm_example.py", "--preset", "smoke", "--out", str(tmp_path), cwd=tmp_path)
-    run_script("ddim_example.py", "--sample", "--S", "7", "--out", str(tmp_path), "--preset",
-               "smoke", "--evaluate", "12", cwd=tmp_path)
-    folder = next((tmp_path / "ddim").iterdir())
+def test_samples_a_ddpm_checkpoint_without_training(ddpm_run, tmp_path):
+    before = {p.name: p.read_bytes() for p in ddpm_run.iterdir()}
+    ddim.main(["--sample", str(ddpm_run), "--S", "7", "--out", str(tmp_path), "--evaluate", "12"])
+    assert {p.name: p.read_bytes() for p in ddpm_run.iterdir()} == before
+    folder = only_run(tmp_path, "ddim")
     assert not (folder / "checkpoint.pt").exists() and not (folder / "log.csv").exists()
-    for name in ("samples", "steps", "eta", "interpolation", "reconstruction", "quality"):
-        assert (folder / f"{name}.png").stat().st_size > 2000
+    for name in ("samples", "neighbours", "loss", "denoising", "steps", "eta", "interpolation",
+                 "reconstruction", "evaluated", "quality"):
+        open_picture(folder / f"{name}.png")
+    assert len(open_picture(folder / "denoising.gif")) > 5
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["sampling"]["network_calls"] == 7 and found["evaluation"]["n"] == 12
+    assert found["evaluation"]["network_calls"] == 7
+    by_S = found["evaluation_by_S"]
+    assert set(by_S) == {"eta = 0", "eta = 1", "sigma_hat"}
+    for scores in by_S.values():
+        assert {S: found["network_calls"] for S, found in scores.items()} == {"10": 10, "20": 20}
+        assert all(math.isfinite(found["frechet_distance"]) for found in scores.values())
+
+
+@pytest.mark.slow
+def test_smoke_run_trains_and_writes_every_file(tmp_path):
+    finished(run_script("ddim_example.py", "--preset", "smoke", cwd=tmp_path))
+    folder = only_run(tmp_path / "outputs", "ddim")
+    for name in ("preview", "samples", "neighbours", "loss", "denoising", "steps", "eta",
+                 "interpolation", "reconstruction"):
+        open_picture(folder / f"{name}.png")
+    assert len(open_picture(folder / "denoising.gif")) > 5
+    assert not (folder / "quality.png").exists() and not (folder / "evaluated.png").exists()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 6 and state["script"] == "ddim" and state["preset"] == "smoke"
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["steps"] == 6 and found["sampling"]["n"] == 4
+    assert found["reconstruction_error_by_S"]["10"] > 0
+
+
+@pytest.mark.parametrize("argv, expected", [
+    ((), dict(S=5, eta=0.0, spacing="linear", clip_x0=True, step="ddim_step")),
+    (("--S", "3", "--eta", "0.25", "--spacing", "quadratic", "--no-clip_x0"),
+     dict(S=3, eta=0.25, spacing="quadratic", clip_x0=False, step="ddim_step")),
+    (("--eta", "1", "--sigma_hat"),
+     dict(S=5, eta=1.0, spacing="linear", clip_x0=True, step="sigma_hat_step"))])
+def test_every_sampling_flag_reaches_the_sampler(argv, expected, ddpm_run, tmp_path, monkeypatch):
+    class Done(Exception):
+        pass
+
+    def spy(model, xT, schedule, S, eta, spacing, clip_x0, step):
+        assert schedule.T == 20 and not model.training
+        found = dict(S=S, eta=eta, spacing=spacing, clip_x0=clip_x0, step=step.__name__)
+        assert found == expected
+        raise Done
+
+    monkeypatch.setattr(ddim, "ddim_process", spy)
+    with pytest.raises(Done):
+        ddim.main(["--sample", str(ddpm_run), "--out", str(tmp_path), *argv])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ExactEps, gaussian_eps, mean_and_cov, mixture_eps
+from conftest import ExactEps, gaussian_eps, mean_and_cov, mixture_eps, open_run
 from scipy import stats
 from torch import nn
 from torch.testing import assert_close
@@ -142,15 +142,16 @@ def test_t_is_uniform_on_1_to_T_and_the_network_sees_it():
 
 
 def test_training_draws_t_at_both_ends(tmp_path, monkeypatch):
-    seen, loss = [], ddpm.ddpm_loss
+    seen, q_sample = [], ddpm.q_sample
 
-    def spy(model, x0, schedule, t=None, eps=None):
-        seen.append((t, eps, x0))
-        return loss(model, x0, schedule, t, eps)
+    def spy(x0, t, eps, alpha_bars):
+        if isinstance(t, torch.Tensor):  # the loss; a preview has one t for all its pictures
+            seen.append((t, eps, x0))
+        return q_sample(x0, t, eps, alpha_bars)
 
-    monkeypatch.setattr(ddpm, "ddpm_loss", spy)
-    cfg, run, _ = open_run(tmp_path, "--T", "4", "--batch_size", "32")
-    ddpm.train(cfg, run)
+    monkeypatch.setattr(ddpm, "q_sample", spy)
+    cfg, run, data = open_run(ddpm, tmp_path, "--T", 4, "--batch_size", 32)
+    ddpm.train(cfg, run, data)
     t = torch.cat([t for t, _, _ in seen])
     assert set(t.tolist()) == {1, 2, 3, 4} and len(t) == 6 * 32
     assert not torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[0][2], seen[1][2])
@@ -224,7 +225,9 @@ def test_variational_bound_against_its_closed_form(variance, T):
     x0 = (torch.randn(40_000, 1, 1, 1) * s2**0.5).clamp(-1, 1)
     x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
     ts = [2, 5, T // 2, T - 1, T]
-    bound = ddpm.variational_bound(exact, x0, schedule, variance, False, ts)
+
+    def term(t):
+        return ddpm.bound_term(exact, x0, t, schedule, variance, False).mean().item()
 
     double = (x0.double() ** 2).mean().item()
     betas, bars = schedule.betas.double(), schedule.alpha_bars.double()
@@ -236,12 +239,9 @@ def test_variational_bound_against_its_closed_form(variance, T):
         error = a**2 * bar * double + (1 - a * math.sqrt(1 - bar)) ** 2  # E (eps - eps_hat)^2
         kl = beta**2 / (2 * sigma2 * (1 - beta) * (1 - bar)) * error  # Eq. 12
         kl += 0.5 * (tilde / sigma2 - 1 - math.log(tilde / sigma2))
-        assert_close(bound["L_t"][t], kl / math.log(2), rtol=0.04, atol=1e-6)
+        assert_close(term(t), kl, rtol=0.04, atol=1e-6)
 
     bar = bars[-1].item()
-    prior = 0.5 * (bar * double + (1 - bar) - 1 - math.log1p(-bar)) / math.log(2)
-    assert_close(bound["L_T"], prior, rtol=0.05, atol=1e-7)
-
     beta, clean = betas[1].item(), x0.double().flatten().numpy()  # sigma_1^2 = beta_1 for either
     a = math.sqrt(beta) / ((1 - beta) * s2 + beta)
     x1 = math.sqrt(1 - beta) * clean + math.sqrt(beta) * np.random.default_rng(0).normal(
@@ -250,10 +250,16 @@ def test_variational_bound_against_its_closed_form(variance, T):
     high = np.where(clean > 0.999, np.inf, (clean + 1 / 255 - mean) / math.sqrt(beta))
     low = np.where(clean < -0.999, -np.inf, (clean - 1 / 255 - mean) / math.sqrt(beta))
     mass = stats.norm.cdf(high) - stats.norm.cdf(low)
-    assert_close(bound["L_0"], -np.log2(mass).mean().item(), rtol=0.03, atol=0.01)
+    assert_close(term(1), -np.log(mass).mean().item(), rtol=0.03, atol=0.01)
 
-    rate = np.interp(range(2, T + 1), ts, [bound["L_t"][t] for t in ts]).sum()
-    assert_close(bound["total"], bound["L_0"] + rate + bound["L_T"])
+    few = x0[:2000]  # every term once, in bits: L_0, ..., L_{T-1} as above, and L_T
+    bound = ddpm.variational_bound(exact, few, schedule, variance, False)
+    assert len(bound) == T + 1
+    for t in (1, *ts):
+        assert_close(bound[t - 1], term(t) / math.log(2), rtol=0.15, atol=1e-5)
+    bar, double = bars[-1].item(), (few.double() ** 2).mean().item()
+    prior = 0.5 * (bar * double + (1 - bar) - 1 - math.log1p(-bar)) / math.log(2)
+    assert_close(bound[T], prior, rtol=0.05, atol=1e-7)
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
@@ -268,9 +274,8 @@ def test_variational_bound_sums_every_term_and_bounds_the_entropy(variance):
         schedule = ddpm.make_schedule("linear", T)
         exact = ExactEps(schedule.alpha_bars, [1.0], [[0.0]], [[[s2]]])
         bound = ddpm.variational_bound(exact, x0, schedule, variance, False)
-        assert sorted(bound["L_t"]) == list(range(2, T + 1))
-        assert_close(bound["total"], bound["L_0"] + sum(bound["L_t"].values()) + bound["L_T"])
-        totals.append(bound["total"])
+        assert len(bound) == T + 1 and all(math.isfinite(term) for term in bound)
+        totals.append(sum(bound))
     entropy = 0.5 * math.log2(2 * math.pi * math.e * s2) + math.log2(127.5)
     assert entropy - 0.04 < totals[1] < totals[0]
 
@@ -280,9 +285,18 @@ def test_bound_is_better_for_the_exact_eps_than_for_a_worse_one():
     exact = ExactEps(schedule.alpha_bars, [1.0], [[0.0]], [[[0.1]]])
     x0 = ((torch.randn(2000, 1, 1, 1) * 0.316).clamp(-1, 1) * 127.5).round() / 127.5
     x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
-    good = ddpm.variational_bound(exact, x0, schedule, "beta", False)["total"]
+    good = ddpm.variational_bound(exact, x0, schedule, "beta", False)
     poor = ddpm.variational_bound(lambda x, t: 0.8 * exact(x, t), x0, schedule, "beta", False)
-    assert good < poor["total"]
+    assert sum(good) < sum(poor)
+
+
+def test_the_bound_terms_are_pixelwise_and_need_no_gradient():
+    schedule = ddpm.make_schedule("linear", 20)
+    x0 = ((torch.randn(3, 1, 4, 4) * 0.3).clamp(-1, 1) * 127.5).round() / 127.5
+    for t in (1, 2, 20):
+        term = ddpm.bound_term(unet(image_size=4, attention=()), x0, t, schedule)
+        assert term.shape == x0.shape and not term.requires_grad and torch.isfinite(term).all()
+        assert t == 1 or (term >= -1e-6).all()  # each is a divergence of two Gaussians
 
 
 # Sampling
@@ -295,7 +309,8 @@ def test_the_last_step_adds_no_noise(variance):
     first = ddpm.p_sample(exact, xt, 1, schedule, variance, clip_x0=False)
     assert_close(first, ddpm.p_sample(exact, xt, 1, schedule, variance, clip_x0=False), rtol=0,
                  atol=0)
-    assert_close(first, ddpm.predict_x0(exact, xt, 1, schedule, clip_x0=False))
+    eps_hat = ddpm.predict_eps(exact, xt, 1, schedule.alpha_bars)
+    assert_close(first, ddpm.predict_x0(xt, eps_hat, 1, schedule.alpha_bars))
     again = [ddpm.p_sample(exact, xt, 2, schedule, variance, clip_x0=False) for _ in range(2)]
     assert not torch.equal(*again)
 
@@ -322,11 +337,11 @@ def test_each_variance_is_exact_for_the_data_of_section_3_2():
     x = ddpm.sample(standard, (100_000, 1, 1, 1), schedule, "beta", clip_x0=False)
     assert_close(x.var().item(), 1 - schedule.betas[1].item(), rtol=0.02, atol=0)
     single = ExactEps(schedule.alpha_bars, [1.0], [[0.35]], [[[0.0]]])
-    x, kept = ddpm.sample(single, (100_000, 1, 1, 1), schedule, "beta_tilde", clip_x0=False,
-                          keep=(2, 5))
-    assert_close(x, torch.full_like(x, 0.35), rtol=0, atol=1e-3)
-    for t, xt in kept.items():
-        assert_close(xt.var(), 1 - schedule.alpha_bars[t], rtol=0.03, atol=0)
+    xT = torch.randn(100_000, 1, 1, 1)
+    states = dict(ddpm.reverse_process(single, xT, schedule, "beta_tilde", clip_x0=False))
+    assert_close(states[0], torch.full_like(xT, 0.35), rtol=0, atol=1e-3)
+    for t in (2, 5):
+        assert_close(states[t].var(), 1 - schedule.alpha_bars[t], rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
@@ -361,14 +376,16 @@ def test_only_x0_hat_is_clamped():
         assert_close(x, xt, rtol=0, atol=0)  # the network gets x_t as it is
         return 0.1 * x
 
-    raw = ddpm.predict_x0(network, xt, t, schedule, clip_x0=False)
+    bars = schedule.alpha_bars
+    raw = ddpm.predict_x0(xt, ddpm.predict_eps(network, xt, t, bars), t, bars)
     assert raw.abs().max() > 1
-    assert_close(ddpm.predict_x0(network, xt, t, schedule), raw.clamp(-1, 1))
+    clipped = ddpm.predict_eps(network, xt, t, bars, clip_x0=True)  # eps_hat of the clamped x0_hat
+    assert_close(ddpm.predict_x0(xt, clipped, t, bars), raw.clamp(-1, 1), rtol=1e-4, atol=1e-4)
     torch.manual_seed(1)
     found = ddpm.p_sample(network, xt, t, schedule, "beta", clip_x0=True)
     torch.manual_seed(1)
     mean, _ = ddpm.q_posterior(raw.clamp(-1, 1), xt, t, schedule)
-    assert_close(found, mean + schedule.betas[t].sqrt() * torch.randn_like(xt))
+    assert_close(found, mean + schedule.betas[t].sqrt() * torch.randn_like(xt), rtol=1e-4, atol=1e-5)
     assert ddpm.p_sample(network, xt, t, schedule, "beta").abs().max() > 1  # x_{t-1} is not clamped
 
 
@@ -381,10 +398,84 @@ def test_sampling_asks_the_network_once_at_each_t_from_T_to_1():
         return torch.zeros_like(x)
 
     xT = torch.randn(3, 1, 2, 2)
-    x, kept = ddpm.sample(network, (3, 1, 2, 2), schedule, xT=xT, keep=(7, 3))
+    x = ddpm.sample(network, (3, 1, 2, 2), schedule, xT=xT)
     assert asked == [7, 6, 5, 4, 3, 2, 1]
-    assert x.shape == (3, 1, 2, 2) and sorted(kept) == [3, 7]
-    assert_close(kept[7], xT)
+    assert x.shape == (3, 1, 2, 2)
+
+
+def test_the_reverse_process_yields_every_state_from_xT_to_x0():
+    schedule, asked = ddpm.make_schedule("linear", 7), []
+
+    def network(x, t):
+        asked.append((t[0].item(), x))
+        return 0.5 * x
+
+    xT = torch.randn(3, 1, 2, 2)
+    torch.manual_seed(5)
+    states = list(ddpm.reverse_process(network, xT, schedule))
+    assert [t for t, _ in states] == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert states[0][1] is xT
+    assert [t for t, _ in asked] == [7, 6, 5, 4, 3, 2, 1]
+    for (_, x), (_, xt) in zip(asked, states[:-1], strict=True):
+        assert x is xt  # what is yielded at t is what the network gets at t
+    torch.manual_seed(5)  # the sampler returns the last of them
+    assert_close(ddpm.sample(network, xT.shape, schedule, xT=xT), states[-1][1], rtol=0, atol=0)
+    torch.manual_seed(5)  # and draws its own noise where none is given, before all else
+    noise = torch.randn(3, 1, 2, 2)
+    first = ddpm.sample(network, xT.shape, schedule, xT=noise)
+    torch.manual_seed(5)
+    assert_close(ddpm.sample(network, xT.shape, schedule), first, rtol=0, atol=0)
+
+
+def test_a_state_is_computed_only_when_it_is_asked_for():
+    schedule, asked = ddpm.make_schedule("linear", 7), []
+
+    def network(x, t):
+        asked.append(t[0].item())
+        return torch.zeros_like(x)
+
+    states = ddpm.reverse_process(network, torch.randn(1, 1, 2, 2), schedule)
+    assert asked == [] and next(states)[0] == 7 and asked == []
+    assert next(states)[0] == 6 and asked == [7]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("t", [1, 2, 3, 10, 25, 49, 50])
+def test_eq_11_is_the_posterior_mean_at_x0_hat(kind, t):
+    """The step as Alg. 2 writes it, from eps_hat, and the one over x0_hat (Eq. 7) are one."""
+    schedule = ddpm.make_schedule(kind, 50)
+    schedule = ddpm.Schedule(*(a.double() for a in vars(schedule).values()))
+    betas = schedule.betas  # in float64 throughout: the arrays were rounded to float32
+    schedule = ddpm.Schedule(betas, 1 - betas, (1 - betas).cumprod(0))
+    xt, eps_hat = torch.randn(2, 4, 1, 3, 3).double()
+    x0_hat = ddpm.predict_x0(xt, eps_hat, t, schedule.alpha_bars)
+    mean, _ = ddpm.q_posterior(x0_hat, xt, t, schedule)
+    assert_close(ddpm.mean_from_eps(xt, eps_hat, t, schedule), mean, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+@pytest.mark.parametrize("clip_x0", [True, False])
+def test_p_theta_is_the_posterior_of_x0_hat_with_either_variance(variance, clip_x0):
+    schedule = ddpm.make_schedule("linear", 50)
+    exact, xt = gaussian_eps(schedule.alpha_bars), 2 * torch.randn(6, 2, 1, 1)
+    for t in (1, 2, 30, 50):
+        x0_hat = ddpm.predict_x0(xt, exact(xt, torch.full((6,), t)), t, schedule.alpha_bars)
+        x0_hat = x0_hat.clamp(-1, 1) if clip_x0 else x0_hat
+        mean, tilde = ddpm.q_posterior(x0_hat, xt, t, schedule)
+        found, sigma2 = ddpm.p_theta(exact, xt, t, schedule, variance, clip_x0)
+        assert_close(found, mean, rtol=1e-4, atol=1e-4)
+        assert_close(sigma2, schedule.betas[t] if variance == "beta" else tilde.squeeze())
+
+
+def test_beta_tilde_is_eq_7():
+    schedule = ddpm.make_schedule("linear", 30)
+    bars = schedule.alpha_bars
+    assert ddpm.beta_tilde(1, schedule) == 0
+    ts = torch.tensor([2, 15, 30])
+    expected = schedule.betas[ts] * (1 - bars[ts - 1]) / (1 - bars[ts])
+    assert_close(ddpm.beta_tilde(ts, schedule), expected)
+    assert (ddpm.beta_tilde(ts, schedule) < schedule.betas[ts]).all()
+    assert_close(ddpm.beta_tilde(15, schedule), expected[1])
 
 
 # Network
@@ -455,18 +546,78 @@ def test_timestep_embedding_is_that_of_vaswani():
     assert near > 0.5  # neighbouring steps can be told apart
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    plain, saving = unet(), unet(grad_checkpointing=True)
-    saving.load_state_dict(plain.state_dict())
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 9])
-    for model in (plain, saving):
-        model.train()(x, t).square().mean().backward()
-    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
-        assert a.grad.abs().max() > 0, name
-        assert_close(a.grad, b.grad)
-
-
 # Training
+
+
+def in_training(out, model, step, *argv):
+    """Call step() inside the first step of run.training, where the flags in argv apply to model."""
+    _, run, _ = open_run(ddpm, out, *argv)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    for _ in run.training(1, model, optimizer, keep=False):
+        found = step()
+    assert not any("forward" in vars(module) for module in model.modules())
+    return found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_gives_the_same_gradients(dropout, tmp_path):
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 9])
+    gradients, calls = [], []
+    for argv in ((), ("--grad_checkpointing",)):
+        model = unet(dropout=dropout).train()
+        calls.append(0)
+
+        def count(*_):
+            calls[-1] += 1  # noqa: B023  it is called within this turn of the loop
+
+        model.mid1.conv1.register_forward_hook(count)
+
+        def step(model=model):
+            torch.manual_seed(3)  # the same elements dropped, also when they are computed again
+            out = model(x, t)
+            out.square().mean().backward()
+            return out
+
+        out = in_training(tmp_path, model, step, *argv)
+        gradients.append({name: p.grad for name, p in model.named_parameters()} | {"": out})
+    assert calls == [1, 2]  # activations were thrown away and computed again
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0, name
+        assert_close(gradients[1][name], gradient)
+    if dropout:
+        without = unet().train()(x, t)
+        assert (without - gradients[0][""]).abs().max() > 1e-3  # dropout was at work
+
+
+def test_mixed_precision_is_inside_the_network_alone(tmp_path):
+    model, seen = unet(), []
+    model.conv_in.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 9])
+
+    def step():
+        out = model(x, t)
+        out.square().mean().backward()
+        return out
+
+    plain = in_training(tmp_path, model, step)
+    mixed = in_training(tmp_path, model, step, "--amp", "bf16")
+    assert seen == [torch.float32, torch.bfloat16]
+    assert mixed.dtype == torch.float32  # the loss is computed in full precision
+    assert not torch.equal(mixed, plain)
+    assert_close(mixed, plain, rtol=0.1, atol=0.1)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    model(x, t)
+    assert seen[-1] == torch.float32  # after the loop the network is as before
+
+
+def test_compile_compiles_the_network(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    model = unet()
+    in_training(tmp_path, model, lambda: None)
+    assert compiled == []
+    in_training(tmp_path, model, lambda: None, "--compile")
+    assert compiled == [model]
 
 
 def test_ema_warms_up_and_copies_buffers():
@@ -485,30 +636,40 @@ def test_ema_warms_up_and_copies_buffers():
     assert not ema.model.training and not any(p.requires_grad for p in ema.model.parameters())
 
 
-def test_learning_rate_warms_up():
-    cfg = ddpm.Config(lr=1.0, warmup=10, steps=100, decay="constant")
-    assert [ddpm.learning_rate(cfg, step) for step in (0, 4, 9, 10, 99)] == [0.1, 0.5, 1, 1, 1]
-    cfg = ddpm.Config(lr=1.0, warmup=10, steps=100, decay="cosine")
-    assert_close(ddpm.learning_rate(cfg, 50), 0.5)
-    assert 0 < ddpm.learning_rate(cfg, 99) < 1e-3
-    assert ddpm.learning_rate(ddpm.Config(lr=1.0, warmup=0, decay="constant"), 0) == 1.0
-
-
-def open_run(out, *argv):
-    """(cfg, run, state) of the smoke preset with a few more arguments, as main makes them."""
-    cfg, opts = ddpm.parse_args(
-        ddpm.Config, ddpm.PRESETS, ["--preset", "smoke", "--out", str(out), *argv], ddpm.SAMPLING)
-    return ddpm.start("ddpm", ddpm.Config, cfg, opts, ddpm.launch("cpu"), ddpm.validate)
-
-
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_returns_the_average(tmp_path):
-    cfg, run, _ = open_run(tmp_path, "--steps", "40", "--lr", "3e-3", "--preview_every", "100")
-    model = ddpm.train(cfg, run)
+    cfg, run, data = open_run(
+        ddpm, tmp_path, "--steps", 40, "--lr", "3e-3", "--preview_every", 100)
+    model = ddpm.train(cfg, run, data)
     log = run.read_log()
     assert log["step"] == list(range(1, 41))
     assert np.mean(log["loss"][-5:]) < 0.7 * np.mean(log["loss"][:5])
-    assert not model.training
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
     stored = torch.load(run.path("checkpoint.pt"), weights_only=True)
     for name, value in model.state_dict().items():
         assert_close(value, stored["ema"][name], rtol=0, atol=0)
     assert any(not torch.equal(stored["ema"][k], stored["model"][k]) for k in stored["model"])
+    # the learning rate of the flags reached the optimiser: the peak after two steps, cosine to 0
+    assert_close(log["lr"][0], 3e-3 / 2, rtol=1e-3, atol=0)
+    assert_close(log["lr"][20], 3e-3 / 2, rtol=1e-3, atol=0)
+
+
+def test_training_hands_the_algorithm_what_the_config_says(tmp_path, monkeypatch):
+    """Batches of the training part, mirrored on request; the norm to clip to; AdamW's decay."""
+    cfg, run, data = open_run(ddpm, tmp_path, "--steps", 2, "--flip", "--grad_clip", "0.25",
+                              "--weight_decay", "0.5", "--lr", "0.125", "--ema", "0.75")
+    seen, batch, backward, loop = [], run.batch, run.backward, run.training
+    monkeypatch.setattr(run, "batch", lambda *a: seen.append(("batch", a)) or batch(*a))
+    monkeypatch.setattr(run, "backward", lambda loss, optimizer, clip: (
+        seen.append(("clip", clip)), backward(loss, optimizer, clip)))
+    monkeypatch.setattr(run, "training", lambda steps, model, optimizer, *a, **k: (
+        seen.append(("optimizer", optimizer.defaults)), loop(steps, model, optimizer, *a, **k))[1])
+    ddpm.train(cfg, run, data)
+    assert seen[0][0] == "optimizer"
+    assert seen[0][1]["lr"] == 0.125 and seen[0][1]["weight_decay"] == 0.5
+    for name, what in seen[1:]:
+        if name == "batch":
+            assert what[0] is data and what[1:] == (8, True)
+        else:
+            assert what == 0.25
+    assert [name for name, _ in seen[1:]] == ["batch", "clip"] * 2

@@ -1,8 +1,10 @@
 """Latent diffusion: the autoencoder, its loss, the scale of the latents, both stages together."""
 
 import copy
+import inspect
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,11 @@ from torch import distributions
 from torch.testing import assert_close
 
 import latent_diffusion_example as latent
+from common import plotting
 from common.data import Data, load_images
+from common.device import training_cost
 from common.runs import load_checkpoint
+from common.runs import open_run as open_any
 
 SMOKE = latent.PRESETS["smoke"]
 
@@ -21,11 +26,10 @@ def small_vae(channels=1, factor=4, z_channels=4, patch=2):
     return latent.VAE(channels, factor, z_channels, 8, 1, 4, patch)
 
 
-def open_run(tmp_path, *argv):
-    """cfg, run, state of a command line, as main opens them."""
-    argv = ["--preset", "smoke", "--out", str(tmp_path), *map(str, argv)]
-    cfg, opts = latent.parse_args(latent.Config, latent.PRESETS, argv, latent.SAMPLING)
-    return latent.start("latent", latent.Config, cfg, opts, latent.launch("cpu"), latent.validate)
+def open_run(out, *argv):
+    """(cfg, run) of the smoke preset with a few more arguments, as main opens them."""
+    argv = ["--preset", "smoke", "--device", "cpu", "--out", str(out), *map(str, argv)]
+    return open_any("latent", latent.Config, latent.PRESETS, argv)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +42,40 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, pictures):
-    """A run of both stages: (folder, U-Net, VAE, scale)."""
-    cfg, run, _ = open_run(tmp_path_factory.mktemp("trained"))
+    """A run of both stages: (folder, U-Net, VAE)."""
+    cfg, run = open_run(tmp_path_factory.mktemp("trained"))
     return run.folder, *latent.train(cfg, run, pictures)
+
+
+def spied(monkeypatch, owner, name, look):
+    """Replace owner.name by itself with a witness: look(arguments by name, result)."""
+    true = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        bound = inspect.signature(true).bind(*args, **kwargs)
+        bound.apply_defaults()
+        out = true(*args, **kwargs)
+        look(bound.arguments, out)
+        return out
+
+    monkeypatch.setattr(owner, name, watched)
+
+
+def stop_after(run, name, step):
+    """As Ctrl-C would: the run stops once this row of this log is written."""
+    log = run.log
+
+    def stopping(done, log_name="log.csv", **values):
+        log(done, log_name, **values)
+        run.stopped = (log_name, done) == (name, step)
+
+    run.log = stopping
+
+
+def gaps(x, reference):
+    """The distance of each picture to the nearest one of a reference."""
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(x.flatten(1), reference.flatten(1), compute_mode=exact).amin(1)
 
 
 # Stage 1
@@ -126,25 +161,28 @@ def test_scaled_sampled_latents_have_unit_std():
 
 def test_decode_undoes_the_scale_and_clamps_only_pixels():
     class Echo:
+        scale = torch.tensor(0.1)
+
         def decode(self, z):
             return z
 
-    z = torch.randn(5, 1, 4, 4)
-    found = latent.decode(Echo(), 0.1 * z, 0.1, batch_size=2)
+    z = 2 * torch.randn(5, 1, 4, 4)
+    found = latent.decode_all(Echo(), 0.1 * z, batch_size=2)
     assert_close(found, z.clamp(-1, 1))
 
 
 def test_sampling_exact_gaussian_latents_decodes_without_scale_errors():
     """Latents of std 5, diffused at unit std: the samples decode to std 5 again."""
     class Echo:
+        scale = torch.tensor(0.2)
+
         def decode(self, z):
             return z / 50  # inside the clamp of pixels
 
-    torch.manual_seed(0)
-    schedule, scale = latent.make_schedule("linear", 1000), 0.2
+    schedule = latent.make_schedule("linear", 1000)
     exact = ExactEps(schedule.alpha_bars, [1.0], [[0.4, -0.2]], [[[1.0, 0.3], [0.3, 1.0]]])
     z = latent.ddim_sample(exact, (8000, 2, 1, 1), schedule, 100, clip_x0=False)
-    pixels = latent.decode(Echo(), z, scale).flatten(1)
+    pixels = latent.decode_all(Echo(), z).flatten(1)
     assert_close(pixels.mean(0), torch.tensor([0.04, -0.02]), rtol=0, atol=0.005)
     assert_close(torch.cov(pixels.T), torch.tensor([[1.0, 0.3], [0.3, 1.0]]) / 100, rtol=0.07,
                  atol=5e-4)
@@ -154,87 +192,489 @@ def test_alpha_bar_T_is_large_enough_for_latents_that_are_not_clamped():
     assert latent.make_schedule("linear", 1000).alpha_bars[-1] > 4e-5
 
 
-# Both stages
+# The networks
 
 
-def test_the_scale_and_the_vae_survive_saving(trained, pictures):
-    folder, _, vae, scale = trained
-    state = load_checkpoint(folder, ("latent",))
-    assert state["latent_scale"] == scale and state["stage"] == 2
-    for name, value in vae.state_dict().items():
-        assert_close(state["vae"][name], value, rtol=0, atol=0)
-    mean, logvar = latent.encode_all(vae, pictures.train)
-    z = scale * latent.reparameterise(mean, logvar, torch.randn_like(mean))
-    assert_close(z.std().item(), 1.0, rtol=0.03, atol=0)
+def unet(**changes):
+    """A small U-Net whose layers that start at zero are woken."""
+    how = {"image_channels": 2, "image_size": 8, "channels": 8, "mults": (1, 2), "blocks": 1,
+           "attention": (4,), "groups": 4, "dropout": 0.0}
+    return awake(latent.UNet(**how | changes))
 
 
-def test_stage_2_leaves_the_vae_alone(trained, pictures, tmp_path):
-    folder, _, vae, _ = trained
-    assert not vae.training
-    assert all(p.grad is None and not p.requires_grad for p in vae.parameters())
-    before = copy.deepcopy(vae.state_dict())
-    cfg, run, _ = open_run(tmp_path, "--vae", folder)
-    _, again, _ = latent.train(cfg, run, pictures)
-    assert not again.training and all(p.grad is None for p in again.parameters())
-    for name, value in again.state_dict().items():
-        assert_close(value, before[name], rtol=0, atol=0)
-    assert set(run.read_log()["stage"]) == {2.0}  # stage 1 was skipped
+def awake(model):
+    """The layers that start at zero, woken: the output then depends on everything."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
 
 
-def test_diffusion_trains_on_scaled_latents(tmp_path, pictures, trained, monkeypatch):
-    """An odd scale shows up in x_0, and the network is given nothing clamped."""
-    seen, loss, scale = [], latent.ddpm_loss, trained[3]
+@torch.no_grad()
+def test_the_unet_hands_each_skip_to_its_twin_on_the_way_up():
+    """What a level made going down is concatenated, last made first, going up."""
+    model, made, got = unet(blocks=2), [], []
+    model.conv_in.register_forward_hook(lambda _, __, out: made.append(out))
+    for module in model.down:
+        last = module if isinstance(module, latent.Downsample) else module[1]
+        last.register_forward_hook(lambda _, __, out: made.append(out))
+    blocks = [module[0] for module in model.up if not isinstance(module, latent.Upsample)]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _, args: got.append(args[0]))
+    model(torch.randn(2, 2, 8, 8), torch.tensor([3, 9]))
+    assert len(made) == len(got) == 6
+    for skip, h in zip(reversed(made), got, strict=True):
+        assert skip.abs().max() > 0.1
+        assert torch.equal(h[:, -skip.shape[1]:], skip)
 
-    def watching(model, x0, *rest):
-        seen.append(x0)
-        return loss(model, x0, *rest)
 
-    monkeypatch.setattr(latent, "latent_scale", lambda *_: 7 * scale)
-    monkeypatch.setattr(latent, "ddpm_loss", watching)
-    cfg, run, _ = open_run(tmp_path, "--vae", trained[0])
-    assert latent.train(cfg, run, pictures)[2] == 7 * scale
-    assert len(seen) == cfg.steps
-    assert_close(torch.cat(seen).std().item(), 7.0, rtol=0.1, atol=0)
+@torch.no_grad()
+def test_the_unet_sees_its_input_through_the_skips_alone():
+    """Where the middle is silenced, the picture still reaches the output."""
+    model, t = unet(), torch.tensor([5])
+    model.mid2.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+    a, b = (model(torch.randn(1, 2, 8, 8), t) for _ in range(2))
+    assert (a - b).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("stop", [3, 4, 7])
-def test_a_resumed_run_ends_like_one_that_never_stopped(stop, tmp_path, pictures, trained):
-    """The smoke preset has 4 steps of stage 1 and 6 of stage 2; stop counts both."""
-    folder, _, _, scale = trained
-    cfg, run, _ = open_run(tmp_path)
-    log = run.log
+@torch.no_grad()
+def test_the_networks_take_pictures_that_are_not_square():
+    t, x = torch.tensor([3, 900]), torch.randn(2, 2, 8, 12)
+    model = unet()
+    assert model(x, t).shape == x.shape
+    assert_close(model(x, t)[:1], model(x[:1], t[:1]), rtol=1e-4, atol=1e-5)
+    for factor, patch in ((4, 2), (8, 1)):
+        vae, x = awake(small_vae(1, factor, 4, patch)), torch.randn(2, 1, 16, 32)
+        mean, _ = vae.encode(x)
+        cfg = latent.Config(factor=factor, mults=(1,))
+        assert mean.shape == (2, 4, 16 // factor, 32 // factor)
+        assert mean.shape[1:] == latent.latent_shape(cfg, (1, 16, 32))
+        assert vae.decode(mean).shape == x.shape
 
-    def stopping(step, **values):
-        log(step, **values)
-        run.stopped = step == stop
 
-    run.log = stopping
-    latent.train(cfg, run, pictures)
-    cfg, run, state = open_run(tmp_path, "--resume", run.folder)
-    assert state["step"] == stop and state["stage"] == (1 if stop <= 4 else 2)
-    assert latent.train(cfg, run, pictures, state)[2] == scale
-    assert (run.folder / "checkpoint.pt").read_bytes() == (folder / "checkpoint.pt").read_bytes()
-    assert run.read_log()["step"] == list(map(float, range(1, 11)))
+@torch.no_grad()
+def test_the_networks_work_in_float64():
+    t, x = torch.tensor([3, 900]), torch.randn(2, 2, 8, 8)
+    model, vae = unet(), awake(small_vae(2))
+    single = model(x, t)
+    double = model.double()(x.double(), t)
+    assert double.dtype == torch.float64
+    assert_close(double.float(), single, rtol=1e-3, atol=1e-3)
+    eps = torch.randn(2, 4, 2, 2)
+    single = vae(x, eps)
+    double = vae.double()(x.double(), eps.double())
+    for a, b in zip(double, single, strict=True):
+        assert a.dtype == torch.float64
+        assert_close(a.float(), b, rtol=1e-3, atol=1e-3)
+
+
+def test_recomputed_activations_give_the_same_gradients(tmp_path, monkeypatch):
+    """--grad_checkpointing acts on the blocks of both networks, inside the loop alone."""
+    count, found, runs = [], [], latent.open_run.__globals__
+    true = runs["checkpoint"]
+    monkeypatch.setitem(runs, "checkpoint",
+                        lambda *args, **kw: count.append(1) or true(*args, **kw))
+    x, z, t = torch.randn(2, 1, 16, 16), torch.randn(2, 2, 8, 8), torch.tensor([3, 500])
+    for flags in ([], ["--grad_checkpointing"]):
+        torch.manual_seed(3)
+        both = torch.nn.ModuleList([unet(), awake(small_vae())])
+        _, run = open_run(tmp_path, *flags)
+        optimizer = torch.optim.SGD(both.parameters(), 0.0)
+        for _ in run.training(1, both, optimizer, keep=False):
+            x_hat, mean, _ = both[1](x, torch.zeros(2, 4, 4, 4))
+            (both[0](z, t).square().mean() + x_hat.square().mean() + mean.mean()).backward()
+        found.append([p.grad for p in both.parameters()])
+        blocks = [m for m in both.modules() if type(m).__name__ in ("ResBlock", "VAEBlock")]
+        assert len(count) == (len(blocks) if flags else 0)
+    both[1](x, torch.zeros(2, 4, 4, 4))
+    assert len(count) == len(blocks)  # not outside the loop
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b)
+
+
+def test_a_step_on_latents_costs_fewer_operations_than_on_pixels():
+    schedule, cost = latent.make_schedule("linear", SMOKE.T), []
+    for shape in ((4, 8, 8), (1, 32, 32)):
+        x0 = torch.randn(SMOKE.batch_size, *shape)
+        cost.append(training_cost(latent.make_unet(SMOKE, shape), latent.ddpm_loss, x0, schedule))
+    assert set(cost[0]) == {"seconds", "gflop", "activations_mb"}
+    assert all(0 < cost[0][name] for name in cost[0])
+    assert cost[1]["gflop"] > 10 * cost[0]["gflop"]
+    assert cost[1]["activations_mb"] > 5 * cost[0]["activations_mb"]
+
+
+# Stage 1, its loop
+
+
+def test_stage_1_trains_on_the_training_part_and_draws_its_noise(tmp_path, pictures, monkeypatch):
+    """Each x is a training picture, mirrored or not as --flip says; eps ~ N(0, I) is new."""
+    for flags in ([], ["--flip"]):
+        seen, noise = [], []
+        cfg, run = open_run(tmp_path, "--batch_size", 40, *flags)
+        with monkeypatch.context() as patch:
+            spied(patch, latent, "vae_loss", lambda given, _: seen.append(given["x"]))
+            spied(patch, latent, "reparameterise", lambda given, _: noise.append(given["eps"]))
+            latent.train_vae(cfg, run, pictures)
+        x = torch.cat(seen)
+        assert len(x) == 40 * cfg.vae_steps
+        as_is, mirrored = gaps(x, pictures.train) < 1e-3, gaps(x.flip(3), pictures.train) < 1e-3
+        assert as_is.all() if not flags else (as_is | mirrored).all()
+        if flags:
+            assert 0.3 < mirrored.float().mean() < 0.7
+        assert (gaps(x, pictures.test) > 1).all()
+        eps = torch.cat(noise)
+        assert_close(eps.std().item(), 1.0, rtol=0.05, atol=0)
+        assert len(eps[:, 0, 0, 0].unique()) == len(eps)
+
+
+def test_the_loss_of_stage_1_is_that_of_the_flags(tmp_path, pictures, monkeypatch):
+    """kl_weight and reconstruction reach the loss, the loss and its parts the log."""
+    asked, out = [], []
+
+    def look(given, result):
+        asked.append((given["kl_weight"], given["reconstruction"]))
+        out.append([part.item() for part in result])
+
+    spied(monkeypatch, latent, "vae_loss", look)
+    cfg, run = open_run(tmp_path, "--kl_weight", 0.25, "--reconstruction", "l1")
+    latent.train_vae(cfg, run, pictures)
+    assert asked == [(0.25, "l1")] * cfg.vae_steps
+    log = run.read_log("vae_log.csv")
+    for column, values in zip(("loss", "reconstruction", "kl"), zip(*out, strict=True), strict=True):
+        assert_close(torch.tensor(log[column]), torch.tensor(values), rtol=1e-4, atol=1e-4)
 
 
 def test_the_patch_discriminator_joins_when_it_is_due(tmp_path, pictures):
     states = []
     for weight in (0, 0.5):
-        cfg, run, _ = open_run(tmp_path, "--adversarial", weight, "--adversarial_start", 2)
+        cfg, run = open_run(tmp_path, "--adversarial", weight, "--adversarial_start", 2)
         torch.manual_seed(1)
         latent.train_vae(cfg, run, pictures)
-        states.append((run.read_log()["loss"], load_checkpoint(run.folder, ("latent",))))
+        state = load_checkpoint(run.folder, ("latent",))
+        assert state["loop"] == "vae" and state["step"] == cfg.vae_steps
+        states.append((run.read_log("vae_log.csv")["loss"], state))
     (plain, one), (joined, other) = states
     assert plain[:2] == joined[:2] and plain[2] != joined[2]
-    assert not torch.equal(one["judge"]["body.0.weight"], other["judge"]["body.0.weight"])
+    assert not torch.equal(one["discriminator"]["body.0.weight"],
+                           other["discriminator"]["body.0.weight"])
 
 
-def test_a_step_on_latents_costs_fewer_operations_than_on_pixels():
-    cost = [latent.step_cost(SMOKE, shape, torch.device("cpu"), 1)
-            for shape in ((4, 8, 8), (1, 32, 32))]
-    assert all(0 < cost[0][name] for name in cost[0])
-    assert cost[1]["gflop"] > 10 * cost[0]["gflop"]
-    assert cost[1]["activations_mb"] > 5 * cost[0]["activations_mb"]
+def test_both_players_of_the_adversarial_game_pull_their_own_way(tmp_path, pictures, monkeypatch):
+    """The generator's gradient raises the logit of x_hat; the discriminator's part tells real
+    from fake and leaves x_hat alone. Both are compared with Eq. 25 at every step.
+    """
+    made, last, seen = {}, {}, []
+    spied(monkeypatch, latent, "make_vae", lambda _, out: made.update(vae=out))
+    true = latent.Discriminator
+
+    def recorded(*args):
+        made["judge"] = true(*args)
+        return made["judge"]
+
+    def loss_parts(given, out):
+        last.update(x=given["x"], x_hat=given["x_hat"], rec=out[0])
+
+    monkeypatch.setattr(latent, "Discriminator", recorded)
+    spied(monkeypatch, latent, "vae_loss", loss_parts)
+    cfg, run = open_run(tmp_path, "--adversarial", 0.5, "--adversarial_start", 1)
+    backward = run.backward
+
+    def watching(loss, optimizer, clip, **notes):
+        judge, vae, x, x_hat = made["judge"], made["vae"], last["x"], last["x_hat"]
+        trains = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if trains == {id(p) for p in vae.parameters()}:
+            logit = judge(x_hat).mean()
+            pull, = torch.autograd.grad(loss - last["rec"], x_hat, retain_graph=True)
+            joined = pull.abs().max() > 1e-3
+            if joined:  # the discriminator takes part
+                up, = torch.autograd.grad(logit, x_hat, retain_graph=True)
+                weight = latent.adversarial_weight(last["rec"], -logit, vae.conv_out.weight)
+                assert weight > 0
+                assert_close(pull, -0.5 * weight * up, rtol=1e-2, atol=1e-4 * pull.abs().max().item())
+            seen.append("joined" if joined else "alone")
+        else:
+            assert trains == {id(p) for p in judge.parameters()}
+            real, fake = judge(x), judge(x_hat.detach())
+            assert_close(loss, 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean()))
+            assert torch.autograd.grad(loss, x_hat, retain_graph=True, allow_unused=True) == (None,)
+            seen.append("judge")
+        backward(loss, optimizer, clip, **notes)
+
+    run.backward = watching
+    latent.train_vae(cfg, run, pictures)
+    assert seen == ["alone"] + ["joined", "judge"] * 3
+
+
+# Both stages
+
+
+def test_the_scale_and_the_vae_survive_saving(trained, pictures):
+    folder, model, vae = trained
+    state = load_checkpoint(folder, ("latent",))
+    assert state["loop"] == "model" and state["step"] == SMOKE.steps
+    assert state["vae"]["scale"] == vae.scale != 1
+    for name, value in vae.state_dict().items():
+        assert_close(state["vae"][name], value, rtol=0, atol=0)
+    for name, value in model.state_dict().items():
+        assert_close(state["ema"][name], value, rtol=0, atol=0)
+    mean, logvar = latent.encode_all(vae, pictures.train)
+    z = vae.scale * latent.reparameterise(mean, logvar, torch.randn_like(mean))
+    assert_close(z.std().item(), 1.0, rtol=0.03, atol=0)
+
+
+def test_each_stage_has_its_log_and_both_count_from_one(trained):
+    for name, steps in (("vae_log.csv", SMOKE.vae_steps), ("log.csv", SMOKE.steps)):
+        rows = (trained[0] / name).read_text().splitlines()
+        assert [row.split(",")[0] for row in rows] == ["step", *map(str, range(1, steps + 1))]
+        wanted = ["reconstruction", "kl"] if name == "vae_log.csv" else []
+        assert all(column in rows[0].split(",") for column in ["loss", "grad_norm", "lr", *wanted])
+
+
+def test_stage_2_leaves_the_vae_alone(trained, pictures, tmp_path, monkeypatch):
+    folder, model, vae = trained
+    assert not vae.training and not model.training
+    assert not any(p.requires_grad for p in vae.parameters())
+    before = copy.deepcopy(vae.state_dict())
+    cfg, run = open_run(tmp_path, "--vae", folder)
+    monkeypatch.setattr(latent, "train_vae", None)  # stage 1 is skipped
+    _, again = latent.train(cfg, run, pictures)
+    assert not again.training
+    assert all(p.grad is None and not p.requires_grad for p in again.parameters())
+    for name, value in again.state_dict().items():
+        tolerance = 0.02 * before[name].item() if name == "scale" else 0  # drawn anew
+        assert_close(value, before[name], rtol=0, atol=tolerance)
+    assert not (run.folder / "vae_log.csv").exists()
+    assert len(run.read_log()["step"]) == cfg.steps
+
+
+def test_diffusion_trains_on_scaled_latents(tmp_path, pictures, trained, monkeypatch):
+    """An odd scale shows up in x_0, and the network is given nothing clamped."""
+    seen, scale = [], trained[2].scale.item()
+    monkeypatch.setattr(latent, "latent_scale", lambda *_: 7 * scale)
+    spied(monkeypatch, latent, "ddpm_loss", lambda given, _: seen.append(given["x0"]))
+    cfg, run = open_run(tmp_path, "--vae", trained[0])
+    vae = latent.train(cfg, run, pictures)[1]
+    assert_close(vae.scale.item(), 7 * scale)
+    assert len(seen) == cfg.steps
+    assert_close(torch.cat(seen).std().item(), 7.0, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_diffusion_trains_on_latents_of_the_training_part(flip, tmp_path, pictures, trained,
+                                                          monkeypatch):
+    """Of its pictures, with --flip also of their mirror images, each time with new noise."""
+    _, _, vae = trained
+    encoded, noise, scales, loss, pool = [], [], [], [], []
+    spied(monkeypatch, latent, "encode_all", lambda given, _: encoded.append(given["x"]))
+    spied(monkeypatch, latent, "reparameterise", lambda given, z: noise.append((given, z)))
+    spied(monkeypatch, latent, "latent_scale", lambda given, _: scales.append(given["mean"]))
+    spied(monkeypatch, latent, "ddpm_loss", lambda given, _: loss.append(given["x0"]))
+    cfg, run = open_run(tmp_path, "--vae", trained[0], "--preview_every", 100,
+                        *["--flip"] * flip)
+    batch = run.batch
+
+    def watching(data, size, flip=False):
+        assert not flip  # a mirrored latent is not the latent of a mirrored picture
+        pool.append(data.train)
+        return batch(data, size, flip)
+
+    run.batch = watching
+    scale = latent.train(cfg, run, pictures)[1].scale
+    wanted = [pictures.train] + [pictures.train.flip(3)] * flip
+    assert len(encoded) == len(wanted) and all(map(torch.equal, encoded, wanted))
+    with torch.no_grad():
+        mean, logvar = vae.encode(torch.cat(wanted))
+    assert len(pool) == cfg.steps
+    assert_close(pool[0], torch.cat([mean, logvar], 1), rtol=1e-4, atol=1e-4)
+    assert_close(scales[0], mean, rtol=1e-4, atol=1e-4)
+    drawn = noise[1:]  # the first is that of the scale
+    assert len(drawn) == cfg.steps
+    eps = torch.cat([given["eps"] for given, _ in drawn])
+    assert_close(eps.std().item(), 1.0, rtol=0.1, atol=0)
+    assert len(eps[:, 0, 0, 0].unique()) == len(eps)
+    for (given, z), x0 in zip(drawn, loss, strict=True):
+        assert (gaps(given["mean"], mean) < 1e-3).all()
+        assert_close(x0, scale * z)
+
+
+STOPS = [("vae_log.csv", 2), ("vae_log.csv", 3), ("vae_log.csv", 4), ("log.csv", 3), ("log.csv", 5)]
+
+
+@pytest.fixture(scope="module")
+def game(tmp_path_factory, pictures):
+    """The folder of a run of both stages with its discriminator, never stopped."""
+    cfg, run = open_run(tmp_path_factory.mktemp("game"), *GAME)
+    latent.train(cfg, run, pictures)
+    return run.folder
+
+
+GAME = ["--adversarial", 0.5, "--adversarial_start", 1, "--flip"]
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "adversarial, flip"])
+@pytest.mark.parametrize("stop", STOPS, ids=lambda stop: f"{stop[0][:-4]} {stop[1]}")
+def test_a_resumed_run_ends_like_one_that_never_stopped(stop, plain, tmp_path, pictures, trained,
+                                                        game):
+    """The smoke preset has 4 steps of stage 1 and 6 of stage 2."""
+    folder, vae = (trained[0] if plain else game), trained[2]
+    cfg, run = open_run(tmp_path, *([] if plain else GAME))
+    stop_after(run, *stop)
+    model, _ = latent.train(cfg, run, pictures)
+    assert (model is None) == (stop[0] == "vae_log.csv")
+    state = load_checkpoint(run.folder, ("latent",))
+    assert state["step"] == stop[1]
+    assert state["loop"] == ("vae" if stop[0] == "vae_log.csv" else "model")
+    cfg, run = open_run(tmp_path, "--resume", run.folder)
+    found = latent.train(cfg, run, pictures)[1]
+    assert not plain or found.scale == vae.scale
+    run.flush_log()
+    for name in ("checkpoint.pt", "vae_log.csv", "log.csv"):
+        assert (run.folder / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_a_run_with_another_run_s_vae_resumes_without_it(tmp_path, pictures, trained):
+    """Its own checkpoint holds the autoencoder; nothing of stage 1 is done again."""
+    lent = tmp_path / "lent.pt"
+    files = []
+    for stop in (None, 4):
+        lent.write_bytes((trained[0] / "checkpoint.pt").read_bytes())
+        cfg, run = open_run(tmp_path / str(stop), "--vae", lent)
+        if stop:
+            stop_after(run, "log.csv", stop)
+        latent.train(cfg, run, pictures)
+        lent.unlink()
+        if stop:
+            cfg, run = open_run(tmp_path, "--resume", run.folder)
+            latent.train(cfg, run, pictures)
+        assert not (run.folder / "vae_log.csv").exists()
+        run.flush_log()
+        files.append([(run.folder / name).read_bytes() for name in ("checkpoint.pt", "log.csv")])
+    assert files[0] == files[1]
+
+
+# Main
+
+
+class Pictures:
+    """Stands in for `plotting`: notes what would be drawn, {name of the file: arguments}."""
+
+    def __init__(self):
+        self.drawn = {}
+
+    def __getattr__(self, name):
+        if name == "evenly":
+            return plotting.evenly
+
+        def note(*args, **_):
+            if args and isinstance(args[0], Path):
+                self.drawn[args[0].name] = args[1:]
+        return note
+
+
+@pytest.fixture(scope="module")
+def odd(trained):
+    """The autoencoder with other weights and a scale of 3, where a scale forgotten is seen."""
+    torch.manual_seed(1)
+    vae = awake(small_vae()).requires_grad_(False)
+    vae.decoder[0].weight.mul_(0.3)
+    vae.scale.fill_(3.0)
+    with torch.no_grad():
+        z = torch.randn(9, 4, 8, 8)
+        assert (vae.decode(z) - vae.decode(z / 3)).abs().mean() > 0.1
+    return vae
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, trained, odd, pictures):
+    """(figures, calls of the sampler with what they yielded, metrics) of --sample with flags."""
+    out, calls, figures = tmp_path_factory.mktemp("drawn"), [], Pictures()
+    state = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"vae": odd.state_dict()}, out / "odd.pt")
+    true = latent.ddim_process
+
+    def process(*args, **kwargs):
+        bound = inspect.signature(true).bind(*args, **kwargs)
+        bound.apply_defaults()
+        states = list(true(*args, **kwargs))
+        calls.append((bound.arguments, states))
+        yield from states
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent, "ddim_process", process)
+        patch.setattr(latent, "plotting", figures)
+        patch.setattr(latent, "load_images", lambda *_: pictures)
+        patch.setattr(latent.metrics, "load_classifier", lambda *_: (None, {}))
+        latent.main(["--sample", str(out / "odd.pt"), "--out", str(out), "--device", "cpu", "--S", "3",
+                     "--eta", "0.5", "--spacing", "quadratic", "--n_samples", "6"])
+    folder = only_run(out, "latent")
+    return figures.drawn, calls, json.loads((folder / "metrics.json").read_text())
+
+
+def test_the_flags_reach_the_sampler(drawn, trained):
+    """S, eta and spacing; nothing clamped; the network is the average, in eval mode."""
+    _, calls, found = drawn
+    assert len(calls) == 2  # samples.png and denoising.gif
+    for given, states in calls:
+        assert (given["S"], given["eta"], given["spacing"]) == (3, 0.5, "quadratic")
+        assert given["clip_x0"] is False
+        assert [t for t, _ in states] == [20, 8, 2, 0]
+        assert not given["model"].training
+        for name, value in trained[1].state_dict().items():
+            assert torch.equal(given["model"].state_dict()[name], value)
+        wanted = latent.make_schedule("linear", SMOKE.T).alpha_bars
+        assert torch.equal(given["schedule"].alpha_bars, wanted)
+        assert_close(given["xT"].std().item(), 1.0, rtol=0.1, atol=0)
+    assert found["sampling"]["network_calls"] == 3 and found["sampling"]["n"] == 6
+
+
+def test_samples_are_decoded_at_the_scale_of_the_vae(drawn, odd, pictures):
+    """Every figure decodes z / scale: samples, reconstructions, the walk and the film."""
+    (figures, calls, _), vae = drawn, odd
+    with torch.no_grad():
+        wanted = vae.decode(calls[0][1][-1][1] / vae.scale).clamp(-1, 1)
+        assert_close(figures["samples.png"][0], wanted, rtol=1e-4, atol=1e-5)
+        mean = vae.encode(pictures.test)[0]
+        back = vae.decode(mean).clamp(-1, 1)
+        x, x_hat = figures["reconstructions.png"][0]
+        assert torch.equal(x, pictures.test[:10])
+        assert_close(x_hat, back[:10], rtol=1e-4, atol=1e-4)
+        rows = figures["walk.png"][0]
+        assert_close(rows[0][[0, -1]], back[:2], rtol=1e-4, atol=1e-4)
+        assert_close(rows[2][[0, -1]], back[2:4], rtol=1e-4, atol=1e-4)
+        last = vae.decode(calls[1][1][-1][1] / vae.scale).clamp(-1, 1)
+        film = figures["denoising.gif"][0]
+        assert_close(film[-1], last, rtol=1e-4, atol=1e-4)
+        given, ((t, zt), *_) = calls[1]  # the film shows z0_hat, not z_t
+        alpha_bar = given["schedule"].alpha_bars[t]
+        eps_hat = given["model"](zt, torch.full((len(zt),), t))
+        z0_hat = (zt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()
+        wanted = vae.decode(z0_hat / vae.scale).clamp(-1, 1)
+        assert_close(film[0], wanted, rtol=1e-3, atol=1e-3)
+        assert (wanted - vae.decode(zt / vae.scale).clamp(-1, 1)).abs().max() > 0.01
+
+
+def test_the_preview_recovers_what_an_exact_network_knows(tmp_path, pictures, odd, monkeypatch):
+    """z0_hat of the true noise, decoded, is the picture that the latents themselves give."""
+    figures, vae = Pictures(), odd
+    monkeypatch.setattr(latent, "plotting", figures)
+    _, run = open_run(tmp_path)
+    schedule = latent.make_schedule("linear", 20)
+    with torch.no_grad():
+        mean = vae.encode(pictures.test[:6])[0]
+        z0 = vae.scale * mean
+
+    def exact(zt, t):
+        alpha_bar = schedule.alpha_bars[t].view(-1, 1, 1, 1)
+        eps_hat = (zt - alpha_bar.sqrt() * z0) / (1 - alpha_bar).sqrt()
+        assert_close(eps_hat, eps, rtol=1e-3, atol=1e-3)  # z_t is the scaled z_0 and noise
+        return eps_hat
+
+    eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
+    latent.figure_preview(run, exact, vae, pictures, schedule, 1)
+    rows = figures.drawn["preview.png"][0]
+    assert len(rows) == 9
+    for row in rows[2::2]:
+        assert_close(row, vae.decode(mean).clamp(-1, 1), rtol=1e-3, atol=1e-3)
 
 
 # Mistakes
@@ -269,8 +709,8 @@ def test_bad_values(capsys, tmp_path, argv, words):
 @pytest.mark.parametrize("argv, words", [
     (["--z_channels", 3], ["--z_channels 3", "4"]),
     (["--factor", 2], ["--factor 2", "4"]),
-    (["--dataset", "color_digits"], ["(1, 32, 32)", "(3, 32, 32)"]),
-    (["--image_size", 64], ["(1, 32, 32)", "(1, 64, 64)"]),
+    (["--dataset", "color_digits"], ["--vae", "weights do not fit"]),
+    (["--image_size", 64], ["--image_size 64", "made with 32"]),
 ], ids=lambda v: " ".join(map(str, v)))
 def test_a_vae_that_does_not_fit(capsys, tmp_path, trained, argv, words):
     said = refused(capsys, "--out", tmp_path / "out", "--vae", trained[0], *argv)
@@ -278,12 +718,21 @@ def test_a_vae_that_does_not_fit(capsys, tmp_path, trained, argv, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_without_its_scale(capsys, tmp_path, trained):
+@pytest.mark.parametrize("flag", ["--sample", "--vae"])
+def test_a_checkpoint_without_its_scale(capsys, tmp_path, trained, flag):
     state = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
-    del state["latent_scale"]
+    del state["vae"]["scale"]
     torch.save(state, tmp_path / "c.pt")
-    said = refused(capsys, "--out", tmp_path / "out", "--sample", tmp_path / "c.pt")
-    assert "latent scale" in said and not (tmp_path / "out").exists()
+    said = refused(capsys, "--out", tmp_path / "out", flag, tmp_path / "c.pt")
+    assert "weights do not fit" in said and not (tmp_path / "out").exists()
+
+
+def test_a_run_stopped_in_stage_1_has_nothing_to_sample(capsys, tmp_path, pictures):
+    cfg, run = open_run(tmp_path / "a")
+    stop_after(run, "vae_log.csv", 2)
+    latent.train(cfg, run, pictures)
+    said = refused(capsys, "--out", tmp_path / "out", "--sample", run.folder)
+    assert "holds no ema" in said and not (tmp_path / "out").exists()
 
 
 # The script
@@ -304,12 +753,13 @@ def test_smoke(tmp_path, dataset):
         open_picture(folder / name)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["steps"] == 6 and metrics["vae_steps"] == 4
-    assert math.isfinite(metrics["psnr_held_out"]) and metrics["latent_scale"] > 0
+    assert math.isfinite(metrics["psnr_held_out"])
     assert metrics["cost_of_a_step"]["pixel_over_latent"]["gflop"] > 10
     assert 0 <= metrics["samples"]["sure"] <= 1
-    assert len((folder / "log.csv").read_text().splitlines()) == 11
+    for name, steps in (("vae_log.csv", 4), ("log.csv", 6)):
+        assert len((folder / name).read_text().splitlines()) == 1 + steps
     state = load_checkpoint(folder, ("latent",))
-    assert state["step"] == 10 and state["latent_scale"] == metrics["latent_scale"]
+    assert state["step"] == 6 and state["loop"] == "model" and state["vae"]["scale"] > 0
     again = run_script("latent_diffusion_example.py", "--sample", folder, "--out", tmp_path / "o2",
                        cwd=tmp_path)
     assert again.returncode == 0, again.stderr

@@ -10,9 +10,11 @@ import time
 import pytest
 import torch
 from conftest import (
+    ROOT,
     assert_same_tree,
     only_run,
     open_picture,
+    open_run,
     run_script,
     start_script,
 )
@@ -56,7 +58,8 @@ def test_smoke_run_writes_every_file(smoke):
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(float(row["loss"])) for row in rows)
     config = json.loads((smoke / "config.json").read_text())
-    assert config["script"] == "ddpm" and config["config"]["T"] == 20
+    assert config["script"] == "ddpm" and config["preset"] == "smoke"
+    assert config["config"]["T"] == 20 and config["seed"] == 0
     assert not list(smoke.glob("*.tmp"))
 
 
@@ -69,13 +72,22 @@ def test_smoke_run_measures_what_it_should(smoke):
     assert 0 <= found["sampling"]["share_outside_network"] < 1
     assert found["samples"]["classifier"]["accuracy"] > 0.95
     assert 0 <= found["samples"]["sure"] <= 1 and found["samples"]["nearest_train_rms_min"] > 0
-    assert found["bits_per_dim"]["total"] > 0 and found["bits_per_dim"]["t_used"] == 20
+    log = (smoke / "log.csv").read_text().splitlines()[1:]  # all six are among the last 500
+    losses = [float(line.split(",")[1]) for line in log]
+    assert_close(found["loss_of_last_500"], sum(losses) / 6)
+    assert found["sampling"]["network_calls"] == 20 and found["parameters"] > 1000
+    bits = found["bits_per_dim"]
+    assert bits["images"] == 32 and bits["variance"] == "beta_tilde" and bits["L_T"] > 0
+    assert bits["total"] > bits["rate"] > bits["L_T"] and bits["distortion"] > 0
+    assert_close(bits["total"], bits["rate"] + bits["distortion"])
+    assert found["config"]["T"] == 20 and found["total_seconds"] > found["train_seconds"]
 
 
 @pytest.mark.slow
 def test_checkpoint_holds_all_that_a_resume_needs(smoke):
     state = load(smoke)
     assert state["step"] == 6 and state["script"] == "ddpm" and state["seed"] == 0
+    assert state["preset"] == "smoke" and state["loop"] == "model"
     for key in ("model", "ema", "optimizer", "random", "config"):
         assert state[key]
 
@@ -109,8 +121,9 @@ def test_sample_draws_from_a_run_without_touching_it(smoke, tmp_path):
 def test_config_repeats_a_run_to_the_last_bit(smoke, tmp_path):
     ddpm.main(["--config", str(smoke / "config.json"), "--out", str(tmp_path)])
     again = only_run(tmp_path, "ddpm")
-    assert (again / "config.json").read_text() == (smoke / "config.json").read_text()
-    assert_same_tree(load(again), load(smoke))
+    one, other = (json.loads((f / "config.json").read_text()) for f in (again, smoke))
+    assert one | {"preset": None} == other | {"preset": None}  # see test_common for the preset
+    assert_same_tree(load(again) | {"preset": None}, load(smoke) | {"preset": None})
     assert (again / "log.csv").read_bytes() == (smoke / "log.csv").read_bytes()
     assert (again / "samples.png").read_bytes() == (smoke / "samples.png").read_bytes()
 
@@ -121,19 +134,17 @@ def test_config_repeats_a_run_to_the_last_bit(smoke, tmp_path):
 def train(out, *argv, stop_at=None, die_at=None):
     """Train in this process as main does; stop as after Ctrl-C, or die as when killed, at a step.
     """
-    args = ["--preset", "smoke", "--out", str(out), *argv]
-    cfg, opts = ddpm.parse_args(ddpm.Config, ddpm.PRESETS, args, ddpm.SAMPLING)
-    cfg, run, state = ddpm.start("ddpm", ddpm.Config, cfg, opts, ddpm.launch("cpu"), ddpm.validate)
+    cfg, run, data = open_run(ddpm, out, *argv)
     log = run.log
 
-    def spy(step, **values):
-        log(step, **values)
+    def spy(step, name, **values):
+        log(step, name, **values)
         if step == die_at:
             raise MemoryError
         run.stopped = run.stopped or step == stop_at
 
     run.log = spy
-    ddpm.train(cfg, run, state=state)
+    ddpm.train(cfg, run, data)
     run.flush_log()
     return run.folder
 
@@ -224,32 +235,91 @@ def test_ctrl_c_twice_leaves_at_once(tmp_path):
 # Several processes
 
 
+# A script of its own: every rank writes what it saw. Rank 1 starts from other weights on purpose.
+RANKS = """
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+sys.path.insert(0, {root!r})
+from common.data import Data
+from common.runs import open_run
+
+
+@dataclass(frozen=True)
+class Config:
+    batch_size: int = 6  # pictures a step, >= 1
+    warmup: int = 0  # steps, >= 0
+    decay: Literal["cosine", "constant"] = "constant"  # of the rate
+    preview_every: int = 2  # steps, >= 1
+
+
+cfg, run = open_run("toy", Config, {{"smoke": Config()}})
+x = torch.linspace(-1, 1, 500).view(-1, 1, 1, 1)
+data = run.load(Data("toy", x, x[:5]))
+model = run.place(nn.Sequential(nn.Flatten(), nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)))
+if run.launch.rank == 1:
+    nn.init.ones_(model[1].weight)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+rows = []
+for step in run.training(5, model, optimizer):
+    before = [p.detach().clone() for p in model.parameters()]
+    x, labels = run.batch(data, cfg.batch_size)
+    assert labels is None
+    loss = (model(x) - x.flatten(1) ** 2).square().mean()
+    local = torch.autograd.grad(loss, model.parameters(), retain_graph=True)
+    optimizer.zero_grad()
+    run.backward(loss, optimizer, 1e9)
+    rows.append(dict(x=x, local=local, loss=loss.item(), logged=run.row["loss"], before=before,
+                     shared=[p.grad.clone() for p in model.parameters()]))
+    optimizer.step()
+weights = [p.detach().clone() for p in model.parameters()]
+torch.save(dict(rows=rows, weights=weights), f"rank{{run.launch.rank}}.pt")
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_make_the_updates_of_one(tmp_path):
-    """The same batch, t and eps, split in two, the gradients averaged: the same weights."""
-    argv = ("--preset", "smoke", "--n_samples", "2", "--out")
-    finished(run_script(SCRIPT, *argv, "two", cwd=tmp_path, processes=2))
-    one = load(train(tmp_path / "one", "--n_samples", "2"))
+def test_two_processes_share_the_batch_and_average_the_gradients(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(root=str(ROOT)))
+    finished(run_script(script, "--device", "cpu", cwd=tmp_path, processes=2))
+    one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1))
+    assert len(one["rows"]) == len(other["rows"]) == 5
+    for a, b in zip(one["rows"], other["rows"], strict=True):
+        assert a["x"].shape == b["x"].shape == (3, 1, 1, 1)  # half of the batch each
+        assert not torch.equal(a["x"], b["x"])
+        assert_same_tree(a["before"], b["before"])  # the same weights, from the first step on
+        assert_same_tree(a["shared"], b["shared"])
+        for mean, left, right in zip(a["shared"], a["local"], b["local"], strict=True):
+            assert not torch.equal(left, right)
+            assert_close(mean, (left + right) / 2)
+        assert_close(a["logged"], (a["loss"] + b["loss"]) / 2)  # the log has the whole batch's
+    assert_same_tree(one["weights"], other["weights"])
+    assert not torch.equal(one["weights"][0], one["rows"][0]["before"][0])
+    assert not torch.equal(one["rows"][0]["x"], one["rows"][1]["x"])  # and a new one each step
+    state = load(only_run(tmp_path / "outputs", "toy"))
+    assert state["step"] == 5 and len(state["random"]) == 2  # the state of both generators
+    assert not torch.equal(state["random"][0]["cpu"], state["random"][1]["cpu"])
+
+
+@pytest.mark.slow
+def test_smoke_run_of_two_processes(tmp_path):
+    argv = ("--preset", "smoke", "--n_samples", 2, "--out", "two")
+    finished(run_script(SCRIPT, *argv, cwd=tmp_path, processes=2))
     folder = only_run(tmp_path / "two", "ddpm")  # one writer: one folder
-    two = load(folder)
-    assert two["step"] == one["step"] == 6
-    moved = False
-    for key in ("model", "ema"):
-        for name, value in one[key].items():
-            assert_close(two[key][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
-    fresh = load(train(tmp_path / "fresh", "--n_samples", "2", stop_at=1))
-    moved = max((one["model"][k] - fresh["model"][k]).abs().max() for k in one["model"])
-    assert moved > 1e-3  # the comparison is of weights that training has changed
-    assert_same_tree(one["random"], two["random"])
+    assert load(folder)["step"] == 6
     with open(folder / "log.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
-    log = (tmp_path / "one" / "ddpm").glob("*/log.csv")
-    with open(next(log)) as file:
-        for row, other in zip(rows, csv.DictReader(file), strict=True):  # the loss of the batch
-            assert_close(float(row["loss"]), float(other["loss"]), rtol=1e-3, atol=1e-4)
     for name in FIGURES:
         open_picture(folder / f"{name}.png")
+    open_picture(folder / "denoising.gif")
+    for name in ("config.json", "metrics.json"):
+        assert json.loads((folder / name).read_text())
+    assert not list(folder.glob("*.tmp"))
 
 
 # Divergence

@@ -1,7 +1,12 @@
 """The score-based script against closed forms: Gaussians and mixtures under every SDE and sampler."""
 
+import functools
+import inspect
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -12,6 +17,9 @@ from torch.testing import assert_close
 
 import ddpm_example as ddpm
 import score_based_diffusion_example as sb
+from common import runs
+from common.cli import parse_args
+from common.data import POINTS, load_data, load_points
 
 SDES = {
     "ve": sb.VESDE, "vp": sb.VPSDE, "vp_cosine": lambda: sb.VPSDE(kind="cosine"),
@@ -63,6 +71,44 @@ def flow_of_gaussian(sde, data, x, t, s):
     t, s = torch.tensor(t).double(), torch.tensor(s).double()
     size = [(sde.m(u) ** 2 * data.s**2 + sde.std(u) ** 2).sqrt() for u in (t, s)]
     return sde.m(s) * data.mu + (x - sde.m(t) * data.mu) * size[1] / size[0]
+
+
+LIMIT = 3000  # evaluations: a solver that needs more has been given noise to integrate
+
+
+class Bounded:
+    """A score that says no more than `limit` times: an adaptive solver that crawls is stopped."""
+
+    def __init__(self, score, limit):
+        self.score, self.limit, self.calls, self.states = score, limit, 0, []
+
+    def __call__(self, x, t):
+        self.calls += 1
+        self.states.append(torch.get_rng_state())
+        assert self.calls <= self.limit, f"more than {self.limit} evaluations"
+        return self.score(x, t)
+
+
+def opened(out, *argv):
+    """(cfg, run, data) of the smoke preset with a few more arguments, as main makes them."""
+    argv = ["--preset", "smoke", "--device", "cpu", "--out", str(out), *map(str, argv)]
+    cfg, run = runs.open_run("score_based", sb.Config, sb.PRESETS, argv)
+    return cfg, run, run.load(load_data(cfg.dataset, cfg.image_size))
+
+
+def spy(monkeypatch, owner, name, answer=None):
+    """Replace owner.name by itself, or by `answer`, and list the arguments of its calls by name."""
+    real, calls = getattr(owner, name), []
+
+    @functools.wraps(real)
+    def spied(*args, **kwargs):
+        bound = inspect.signature(real).bind(*args, **kwargs)
+        bound.apply_defaults()
+        calls.append(SimpleNamespace(**bound.arguments))
+        return (answer or real)(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, spied)
+    return calls
 
 
 def noise(sde, n=4000, D=2):
@@ -216,26 +262,50 @@ def test_time_and_input_of_the_network():
 
     x, t = torch.randn(3, 2), torch.tensor([0.1, 0.5, 1.0])
     for sde in (sb.VPSDE(), sb.SubVPSDE()):
-        sb.predict_eps(network, sde, x, t, 0.5)
+        sb.network_eps(network, sde, x, t)
         assert_close(got["c"], 999 * t)
         assert_close(got["x"], x)
     sde = sb.VESDE()
-    sb.predict_eps(network, sde, x, t, 0.5)
+    sb.network_eps(network, sde, x, t)  # a plain function: sigma_data 0.5
     sigma = 0.01 * 5000**t
     assert_close(got["c"], sigma.log())
     size, sigma = (sigma**2 + 0.25).sqrt()[:, None], sigma[:, None]
     assert_close(got["x"], x / size)
     # a network of zeros gives the score of Gaussian data, any other moves x0_hat by bounded amounts
-    silent = sb.score_fn(lambda x, c: 0 * x, sde, 0.5)(x, t)
+    silent = sb.score_fn(lambda x, c: 0 * x, sde)(x, t)
     assert_close(silent, -x / size**2)
-    x0_hat = x + sigma**2 * sb.score_fn(lambda x, c: torch.ones_like(x), sde, 0.5)(x, t)
+    x0_hat = x + sigma**2 * sb.score_fn(lambda x, c: torch.ones_like(x), sde)(x, t)
     assert_close(x0_hat - (x + sigma**2 * silent), (-0.5 * sigma / size).expand_as(x), rtol=1e-3,
                  atol=1e-4)
 
 
+class Preconditioned(torch.nn.Module):
+    """A network of zeros that knows how large its data are."""
+
+    def __init__(self, sigma_data):
+        super().__init__()
+        self.register_buffer("sigma_data", torch.tensor(sigma_data))
+
+    def forward(self, x, t):
+        self.asked = x
+        return torch.zeros_like(x)
+
+
+def test_the_network_s_own_sigma_data_preconditions_ve():
+    """Zeros give the score of N(0, sigma_data^2) data, for whatever sigma_data the network holds."""
+    sde, x, t = sb.VESDE(), torch.randn(3, 1, 2, 2), torch.tensor([0.1, 0.5, 0.9])
+    for sigma_data in (0.2, 1.3):
+        network = Preconditioned(sigma_data)
+        size2 = (sde.std(t) ** 2 + sigma_data**2).view(-1, 1, 1, 1)
+        assert_close(sb.score_fn(network, sde)(x, t), -x / size2)
+        assert_close(network.asked, x / size2.sqrt())
+        for other in (sb.VPSDE(), sb.SubVPSDE()):
+            assert not sb.score_fn(network, other)(x, t).any()
+
+
 @every_sde
 def test_clamp_acts_on_x0_hat_never_on_x(name, monkeypatch):
-    monkeypatch.setattr(sb, "predict_eps", lambda model, sde, x, t, sigma_data: model(x, t))
+    monkeypatch.setattr(sb, "network_eps", lambda model, sde, x, t: model(x, t))
     sde, x = SDES[name](), 100 * torch.randn(8, 1, 2, 2).double()
     t = torch.full((8,), 0.7).double()
     network = lambda x, c: torch.zeros_like(x)  # noqa: E731
@@ -253,6 +323,149 @@ def test_std_floor():
     assert_close(sb.score_fn(one, sde, std_floor=1e-2)(torch.zeros(2, 2), t), torch.full((2, 2), -100.0))
     free = sb.score_fn(one, sde, std_floor=0.0)(torch.zeros(2, 2), t)
     assert_close(free, -1 / sde.std(t)[:, None].expand(2, 2))
+
+
+# training, the glue
+
+
+def fit(monkeypatch, out, *argv, **changes):
+    """What train returns, and the calls of score_loss, of Run.batch and of Run.backward."""
+    cfg, run, data = opened(out, "--preview_every", 100, *argv)
+    found = SimpleNamespace(cfg=cfg, run=run, data=replace(data, **changes))
+    with monkeypatch.context() as patch:
+        found.losses = spy(patch, sb, "score_loss")
+        found.batches = spy(patch, runs.Run, "batch")
+        found.backwards = spy(patch, runs.Run, "backward")
+        found.model = sb.train(cfg, run, found.data)
+    return found
+
+
+def rows_of(x, data):
+    """How many of x are, to the last bit or nearly, among the examples of data."""
+    distance = torch.cdist(x.flatten(1), data.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    return (distance.min(1).values < 1e-4).sum().item()
+
+
+def test_training_spreads_the_pixels_of_the_training_part_over_their_bins(tmp_path, monkeypatch):
+    """Every x_0 that the loss sees is a training picture, each value somewhere in its bin."""
+    found = fit(monkeypatch, tmp_path, "--batch_size", 64)
+    x0 = torch.cat([call.x0 for call in found.losses])
+    assert x0.shape == (6 * 64, 1, 28, 28)
+    bins = (x0 + 1) * 128
+    share = bins - bins.floor()
+    assert share.std().item() == pytest.approx(12**-0.5, rel=0.02)
+    assert share.mean().item() == pytest.approx(0.5, abs=0.01)
+    pictures = (bins.floor() / 127.5 - 1).clamp(-1, 1)
+    assert rows_of(pictures, found.data.train) >= 0.99 * len(x0)
+    assert rows_of(pictures, found.data.test) < 0.01 * len(x0)
+
+
+@pytest.mark.parametrize("argv", [["--dataset", "digits", "--no-dequantize"],
+                                  ["--dataset", "digits8", "--no-dequantize"],
+                                  ["--dataset", "two_moons", "--dequantize"],
+                                  ["--dataset", "two_moons"]], ids=" ".join)
+def test_training_leaves_points_alone_and_pixels_when_asked_to(argv, tmp_path, monkeypatch):
+    found = fit(monkeypatch, tmp_path, *argv)
+    x0 = torch.cat([call.x0 for call in found.losses])
+    assert rows_of(x0, found.data.train) == len(x0) and rows_of(x0, found.data.test) < len(x0)
+
+
+def test_training_hands_on_what_the_config_says(tmp_path, monkeypatch):
+    """weighting to the loss; flip and batch_size to the batch; lr, weight_decay and grad_clip."""
+    for weighting in ("likelihood", "simple"):
+        found = fit(monkeypatch, tmp_path / weighting, "--weighting", weighting, "--steps", 2, "--flip",
+                    "--batch_size", 6, "--lr", 0.0123, "--weight_decay", 0.045, "--grad_clip", 0.67)
+        assert [call.weighting for call in found.losses] == [weighting] * 2
+        assert all(call.t is None and call.eps is None for call in found.losses)
+        assert [(call.size, call.flip) for call in found.batches] == [(6, True)] * 2
+        for call in found.backwards:
+            assert call.clip == 0.67 and call.optimizer.defaults["lr"] == 0.0123
+            assert call.optimizer.defaults["weight_decay"] == 0.045
+
+
+@pytest.mark.parametrize("sde", ["ve", "vp", "subvp"])
+def test_training_is_of_the_sde_that_the_config_describes(sde, tmp_path, monkeypatch):
+    found = fit(monkeypatch, tmp_path, "--dataset", "swiss_roll", "--sde", sde, "--sigma_max", 7,
+                "--beta_max", 9, "--steps", 1)
+    used = found.losses[0].sde
+    assert type(used) is {"ve": sb.VESDE, "vp": sb.VPSDE, "subvp": sb.SubVPSDE}[sde]
+    assert used.sigma_max == 7 if sde == "ve" else (used.beta_max, used.kind) == (9, "linear")
+
+
+@pytest.mark.parametrize("dataset", ["digits", "swiss_roll"])
+def test_sigma_data_is_that_of_the_training_part_and_is_kept(dataset, tmp_path, monkeypatch):
+    """In the network that is trained, in the average, in the checkpoint and in what it gives back."""
+    found = fit(monkeypatch, tmp_path, "--dataset", dataset, "--sde", "ve")
+    std = found.data.train.std()
+    assert abs(std - 0.5) > 0.05  # not what a network starts with
+    assert all(torch.equal(call.model.sigma_data, std) for call in found.losses)
+    assert torch.equal(found.model.sigma_data, std)
+    state = torch.load(found.run.path("checkpoint.pt"), weights_only=True)
+    assert torch.equal(state["ema"]["sigma_data"], std) and torch.equal(state["model"]["sigma_data"], std)
+    cfg, run, data = opened(tmp_path / "again", "--sample", found.run.folder)
+    model = run.trained(sb.make_network(cfg, data.shape))
+    assert torch.equal(model.sigma_data, std) and not model.training
+    assert_same(model, found.model)
+
+
+def assert_same(a, b):
+    """Two networks hold the same numbers."""
+    assert_close(dict(a.state_dict()), dict(b.state_dict()), rtol=0, atol=0)
+
+
+def test_train_returns_the_recursion_over_the_weights_in_eval_mode(tmp_path, monkeypatch):
+    """The average is updated once a step, after the optimiser, with its decay of step n."""
+    seen = []
+
+    class Watched(sb.EMA):
+        def __init__(self, model, decay):
+            super().__init__(model, decay)
+            seen.append([p.clone() for p in model.parameters()])
+
+        def update(self, model, n):
+            super().update(model, n)
+            assert n == len(seen) - 1
+            seen.append([p.detach().clone() for p in model.parameters()])
+
+    monkeypatch.setattr(sb, "EMA", Watched)
+    found = fit(monkeypatch, tmp_path, "--dataset", "gaussians", "--ema", 0.3)
+    assert len(seen) == 1 + found.cfg.steps
+    expected = seen[0]
+    for n, weights in enumerate(seen[1:]):
+        decay = min(0.3, (1 + n) / (10 + n))
+        expected = [decay * a + (1 - decay) * b for a, b in zip(expected, weights, strict=True)]
+    assert_close(list(found.model.parameters()), expected, rtol=1e-4, atol=1e-6)
+    assert_close(list(found.losses[-1].model.parameters()), seen[-1], rtol=0, atol=0)  # after the step
+    assert (found.model.out.weight - seen[-1][-2]).abs().max() > 1e-5  # not the last weights
+    assert not found.model.training and not any(p.requires_grad for p in found.model.parameters())
+    assert found.losses[0].model.training and found.losses[0].model is not found.model
+
+
+def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path, monkeypatch):
+    """Recomputed blocks keep the scale of their sums and the way they resample."""
+    again, real = [], runs.checkpoint
+    monkeypatch.setattr(runs, "checkpoint", lambda *a, **k: again.append(1) or real(*a, **k))
+    how = ["--dataset", "digits8", "--biggan", "--steps", 3, "--warmup", 0]
+    ends = []
+    for argv in (["--skip_rescale"], ["--skip_rescale", "--grad_checkpointing"], []):
+        torch.manual_seed(0)
+        ends.append(fit(monkeypatch, tmp_path / str(len(ends)), *how, *argv))
+        assert bool(again) == (len(ends) > 1)
+    plain, recomputed, unscaled = (end.losses[-1].model for end in ends)
+    assert_close(dict(recomputed.state_dict()), dict(plain.state_dict()), rtol=1e-4, atol=1e-5)
+    assert (unscaled.conv_out.weight - plain.conv_out.weight).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("H, W", [(8, 4), (4, 8)])
+def test_training_and_sampling_take_pictures_that_are_not_square(H, W, tmp_path, monkeypatch):
+    data = load_data("digits8")
+    found = fit(monkeypatch, tmp_path, "--dataset", "digits8", "--steps", 2,
+                train=data.train[..., :H, :W], test=data.test[..., :H, :W])
+    sde = sb.make_sde(found.cfg)
+    score = sb.score_fn(found.model, sde, clip_x0=True)
+    out = sb.predictor_corrector(score, sde, (2, 1, H, W), 2)
+    assert out.shape == (2, 1, H, W) and out.abs().max() <= 1 + 1e-4
+    assert sb.log_likelihood(score, sde, out, "hutchinson", tolerance=0.1).shape == (2,)
 
 
 # samplers
@@ -294,13 +507,12 @@ def test_sde_and_ode_share_marginals_along_the_way(name):
     """At t = 0.5 the variance of the ODE's and of the reverse SDE's states is that of p_t."""
     sde = SDES[name]()
     data, x = gaussian(sde), noise(sde, 5000)
-    kept = {}
-    sb.reverse_diffusion(data, sde, x.shape, 600, xT=x,
-                         watch=lambda t, x: kept.setdefault(round(t, 3), x))
-    t = min(kept, key=lambda t: abs(t - 0.5))
-    along = sb.rk4_flow(data, sde, x, 1.0, t, 100)
+    t, kept = min(sb.sde_process(sb.reverse_diffusion_step, data, sde, x, 600),
+                  key=lambda state: abs(state[0] - 0.5))
+    assert abs(t - 0.5) < 1e-3
+    along = sb.last(sb.ode_process(data, sde, x, 1.0, t, "rk4", 100))
     expected = (sde.m(torch.tensor(t).double()) ** 2 * 0.25 + sde.std(torch.tensor(t).double()) ** 2).sqrt()
-    for states in (kept[t], along):
+    for states in (kept, along):
         assert (states.std(0) / expected).tolist() == pytest.approx([1, 1], rel=0.035)
 
 
@@ -465,6 +677,157 @@ def test_samplers_take_images_and_float32():
         assert out.shape == (2, 1, 8, 8) and out.dtype == torch.float32
 
 
+@every_sde
+@pytest.mark.parametrize("denoise", [True, False])
+def test_the_process_walks_from_T_down_to_eps_and_then_to_0(name, denoise):
+    """Its first state is the noise, its last the Tweedie mean, and sample returns the last."""
+    sde = SDES[name]()
+    data, x = gaussian(sde), noise(sde, 3)
+    torch.manual_seed(5)
+    ts, states = zip(*sb.sde_process(sb.em_step, data, sde, x, 7, denoise), strict=True)
+    expected = np.linspace(sde.T, sde.eps, 8).tolist() + [0.0] * denoise
+    assert list(ts) == pytest.approx(expected) and list(ts) == sorted(ts, reverse=True)
+    assert ts[0] == sde.T and ts[7] == sde.eps and len(ts) == 8 + denoise
+    assert torch.equal(states[0], x)
+    torch.manual_seed(5)
+    for i in range(7):
+        assert_close(states[i + 1], sb.em_step(data, sde, states[i], ts[i], ts[i + 1]))
+    if denoise:
+        assert_close(states[8], sb.tweedie(data, sde, states[7], sde.eps))
+    torch.manual_seed(5)
+    assert_close(sb.sample(sb.em_step, data, sde, x.shape, 7, denoise, xT=x), states[-1])
+
+
+def test_samplers_start_from_the_prior_of_their_sde(monkeypatch):
+    sde = sb.VESDE(0.1, 10.0)
+    seen = spy(monkeypatch, sb, "sde_process")
+    torch.manual_seed(2)
+    sb.euler_maruyama(gaussian(sde), sde, (5, 2), 1, denoise=False)
+    torch.manual_seed(2)
+    assert_close(seen[0].xT, 10 * torch.randn(5, 2))
+
+
+@pytest.mark.parametrize("t, s", [(1.0, 1e-3), (0.2, 0.9)])
+def test_ode_process_is_scipy_s_rk45(t, s):
+    """The same end as solve_ivp at the same tolerance, and every accepted t on the way."""
+    sde = sb.VPSDE()
+    data, x = Mixture(sde), noise(sde, 6)
+
+    def rhs(u, flat):
+        state = torch.from_numpy(flat).view(6, 2)
+        u = torch.full((6,), u, dtype=torch.float64)
+        drift, g = sde.sde(state, u)
+        return (drift - 0.5 * g**2 * data(state, u)).numpy().ravel()
+
+    for tolerance in (1e-3, 1e-6):
+        ref = reference_solve_ivp(rhs, (t, s), x.numpy().ravel(), rtol=tolerance, atol=tolerance)
+        ts, states = zip(*sb.ode_process(data, sde, x, t, s, "rk45", tolerance=tolerance), strict=True)
+        assert list(ts) == pytest.approx(ref.t.tolist())
+        assert_close(torch.stack(states), torch.from_numpy(ref.y.T.copy()).view(-1, 6, 2))
+        assert torch.equal(states[0], x) and ts[-1] == s
+
+
+def test_solve_carries_every_part_of_the_state():
+    """A rotation beside a decay, float32 and float64, there and back; against solve_ivp."""
+    a, b = torch.randn(3, 2).double(), torch.rand(4)
+
+    def velocity(state, t):
+        x, y = state
+        assert (x.shape, y.shape, x.dtype, y.dtype) == (a.shape, b.shape, a.dtype, b.dtype)
+        return torch.stack([-x[:, 1], x[:, 0]], 1), -t * y
+
+    flat = np.concatenate([a.numpy().ravel(), b.double().numpy()])
+    ref = reference_solve_ivp(
+        lambda t, y: np.concatenate([np.stack([-y[1:6:2], y[0:6:2]], 1).ravel(), -t * y[6:]]),
+        (0.0, 2.0), flat, rtol=1e-6, atol=1e-6)
+    ts, states = zip(*sb.solve(velocity, (a, b), 0.0, 2.0, 1e-6), strict=True)
+    assert (ts[0], ts[-1]) == (0.0, 2.0) and len(ts) == pytest.approx(len(ref.t), abs=2)
+    assert_close(states[-1][0], torch.from_numpy(ref.y[:6, -1].copy()).view(3, 2), rtol=1e-5, atol=1e-5)
+    assert_close(states[-1][1], b * math.exp(-2), rtol=1e-4, atol=1e-5)
+    back = sb.last(sb.solve(velocity, states[-1], 2.0, 0.0, 1e-6))
+    assert_close(back[0], a, rtol=0, atol=1e-4)
+    assert_close(back[1], b, rtol=0, atol=1e-4)
+
+
+RATES = {"pole": lambda x, t: x**2, "nan": lambda x, t: x if t < 1 else x * math.nan}
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_a_solver_that_fails_says_so(rate):
+    """y' = y^2 from 1 has no solution beyond t = 1: never an answer from half of the way."""
+    calls = []
+
+    def velocity(state, t):
+        calls.append(t)
+        assert len(calls) < 5000
+        return (RATES[rate](state[0], t),)
+
+    with np.errstate(all="ignore"), pytest.raises(RuntimeError, match="ODE solver stopped at t = "):
+        sb.last(sb.solve(velocity, (torch.ones(1).double(),), 0.0, 2.0, 1e-4))
+
+
+def test_a_network_that_says_nan_does_not_hold_the_solver_for_ever():
+    score = Bounded(lambda x, t: x * math.nan, LIMIT)
+    with pytest.raises(RuntimeError):
+        sb.ode_decode(score, sb.VPSDE(), torch.ones(2, 2))
+
+
+def test_the_last_state_of_a_sampler():
+    assert sb.last(iter([(1.0, "a"), (0.5, "b"), (0.0, "c")])) == "c"
+
+
+def ways(cfg, score, sde, monkeypatch, calls=None):
+    """The states that process yields, and {name: calls} of what it used on the way."""
+    names = ("em_step", "reverse_diffusion_step", "ancestral_step", "langevin_step", "rk4_step",
+             "solve", "tweedie", "ode_process", "sde_process")
+    used = {name: spy(monkeypatch, sb, name) for name in names}
+    states = list(sb.process(cfg, score, sde, noise(sde, 3), calls))
+    return states, {name: found for name, found in used.items() if found}
+
+
+SMALL = sb.Config(N=12, snr=0.123, corrector_steps=3, tolerance=0.02)
+PARTS = {
+    "em": {"em_step": 12}, "reverse": {"reverse_diffusion_step": 12}, "ancestral": {"ancestral_step": 12},
+    "pc": {"reverse_diffusion_step": 12, "langevin_step": 36}, "rk4": {"rk4_step": 3}, "rk45": {"solve": 1}}
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+@pytest.mark.parametrize("sampler", PARTS)
+def test_process_runs_the_sampler_that_the_config_names(sampler, denoise, monkeypatch):
+    """With its N, snr, corrector_steps, tolerance and denoise; from T to eps, then 0."""
+    sde = sb.VPSDE()
+    cfg = replace(SMALL, sampler=sampler, denoise=denoise)
+    states, used = ways(cfg, gaussian(sde), sde, monkeypatch)
+    around = {"ode_process" if sampler.startswith("rk") else "sde_process": 1}
+    around |= {"tweedie": 1} if denoise else {}
+    assert {name: len(found) for name, found in used.items()} == PARTS[sampler] | around
+    assert all(call.snr == 0.123 for call in used.get("langevin_step", ()))
+    assert all(call.tolerance == 0.02 for call in used.get("solve", ()))
+    ts = [t for t, _ in states]
+    assert ts[0] == sde.T and ts[-1 - denoise] == sde.eps and ts == sorted(ts, reverse=True)
+    assert (ts[-1] == 0) == denoise
+    if denoise:
+        assert_close(states[-1][1], sb.tweedie(gaussian(sde), sde, states[-2][1], sde.eps))
+
+
+@pytest.mark.parametrize("sampler", ["em", "reverse", "ancestral", "pc", "rk4"])
+def test_process_spends_the_calls_that_it_is_given(sampler, monkeypatch):
+    """calls: about as many evaluations of the score, whatever the sampler and N, and Tweedie's."""
+    sde = sb.VPSDE()
+    score = Bounded(gaussian(sde), 300)
+    ways(replace(SMALL, sampler=sampler, N=1000), score, sde, monkeypatch, calls=100)
+    assert score.calls == 101
+
+
+def test_process_needs_no_gradient():
+    sde = sb.VPSDE()
+    weight = torch.nn.Parameter(torch.ones(1).double())
+    for sampler in PARTS:
+        cfg = replace(SMALL, sampler=sampler)
+        for _, x in sb.process(cfg, lambda x, t: -weight * x, sde, noise(sde, 2)):
+            assert not x.requires_grad
+
+
 # likelihood
 
 
@@ -474,7 +837,7 @@ def test_likelihood_with_the_exact_trace(name):
     sde = SDES[name]()
     data = Mixture(sde)
     x = torch.tensor([[-1.2, 0.0], [1.0, 1.2], [0.0, 0.3], [0.7, -1.0]]).double()
-    found = sb.log_likelihood(data, sde, x, tolerance=1e-7, eps=1e-3,
+    found = sb.log_likelihood(Bounded(data, LIMIT), sde, x, tolerance=1e-7, eps=1e-3,
                               prior_logp=lambda z: data.logp(z, 1.0))
     assert_close(found, data.logp(x, 1e-3), rtol=0, atol=1e-3)
 
@@ -483,7 +846,7 @@ def test_likelihood_where_the_prior_is_exact():
     sde = sb.VPSDE()
     data = gaussian(sde, mean=(0.0, 0.0), std=1.0)
     x = torch.randn(5, 2).double()
-    found = sb.log_likelihood(data, sde, x, tolerance=1e-8)
+    found = sb.log_likelihood(Bounded(data, LIMIT), sde, x, tolerance=1e-8)
     assert_close(found, torch.distributions.Normal(0, 1).log_prob(x).sum(1), rtol=0, atol=1e-4)
 
 
@@ -497,7 +860,7 @@ def test_hutchinson_is_unbiased(probe):
         return -torch.linalg.solve(m**2 * cov + std**2 * torch.eye(2), x[..., None])[..., 0]
 
     x = torch.tensor([[0.5, -0.2]]).double().expand(2000, 2)
-    found = sb.log_likelihood(score, sde, x, trace="hutchinson", probe=probe, tolerance=1e-6)
+    found = sb.log_likelihood(Bounded(score, LIMIT), sde, x, "hutchinson", probe, 1e-6)
     exact = torch.distributions.MultivariateNormal(torch.zeros(2).double(), cov).log_prob(x[0])
     error = found.std() / len(x) ** 0.5
     assert 1e-3 < error < 0.1 and abs(found.mean() - exact) < 4 * error
@@ -511,7 +874,9 @@ def test_the_probe_is_fixed_along_a_trajectory():
     results = []
     for tolerance in (1e-6, 1e-8):
         torch.manual_seed(7)
-        results.append(sb.log_likelihood(data, sde, x, "hutchinson", "gaussian", tolerance))
+        score = Bounded(data, LIMIT)
+        results.append(sb.log_likelihood(score, sde, x, "hutchinson", "gaussian", tolerance))
+        assert all(torch.equal(state, score.states[0]) for state in score.states)  # no draws on the way
     assert_close(results[0], results[1], rtol=0, atol=1e-3)
 
 
@@ -521,10 +886,42 @@ def test_bits_per_dim_of_a_gaussian_model():
     data = Mixture(sde, (1.0,), ((mean,) * 16,), (std,))
     pixels = torch.randint(60, 200, (30, 1, 4, 4)).double()
     x = pixels / 127.5 - 1
-    found = sb.bits_per_dim(data, sde, x, tolerance=1e-5)
+    found = sb.bits_per_dim(Bounded(data, LIMIT), sde, x, tolerance=1e-5)
     cdf = torch.distributions.Normal(mean, std).cdf
     mass = cdf((pixels + 1) / 128 - 1) - cdf(pixels / 128 - 1)
     assert found.mean().item() == pytest.approx(-mass.log2().mean().item(), abs=0.02)
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+def test_the_probe_is_of_its_kind(probe):
+    """At x = 0 with s = -A x the trace is v^T (A - 1) v times beta / 2: its values tell the probe."""
+    sde, A = sb.VPSDE(), torch.tensor([[1.0, 0.5], [0.5, 3.0]]).double()
+    x = torch.zeros(4000, 2).double()
+    score = Bounded(lambda x, t: -x @ A, LIMIT)
+    found = sb.log_likelihood(score, sde, x, "hutchinson", probe, 1e-3, prior_logp=lambda z: z.sum(1))
+    scale = sde.B(torch.ones(1).double()).item() - sde.B(torch.full((1,), 1e-5).double()).item()
+    found, rest = found / (0.5 * scale), A - torch.eye(2)
+    if probe == "rademacher":  # 1 or 3, each half of the time
+        assert_close((found - 2).abs(), torch.ones(4000).double(), rtol=0, atol=1e-2)
+        assert (found - 2).mean().abs() < 0.1
+    else:  # mean tr (A - 1), variance 2 tr (A - 1)^2
+        assert found.mean().item() == pytest.approx(rest.trace().item(), abs=0.3)
+        assert found.var().item() == pytest.approx(2 * (rest @ rest).trace().item(), rel=0.2)
+
+
+def test_bits_per_dim_spreads_the_pixels_over_their_bins(monkeypatch):
+    """What the density is taken of, by Hutchinson's trace, with the tolerance asked for."""
+    pixels = torch.randint(0, 256, (40, 3, 8, 8)).float()
+    asked = spy(monkeypatch, sb, "log_likelihood", lambda score, sde, x, **how: torch.zeros(len(x)))
+    for _ in range(2):
+        found = sb.bits_per_dim("score", "sde", pixels / 127.5 - 1, tolerance=0.03)
+        assert_close(found, torch.full((40,), 7.0))
+    assert [(call.trace, call.tolerance, call.score, call.sde) for call in asked] == [
+        ("hutchinson", 0.03, "score", "sde")] * 2
+    share = (asked[0].x + 1) * 128 - pixels
+    assert -1e-4 < share.min() < 0.01 and 0.99 < share.max() < 1 + 1e-4
+    assert share.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert not torch.equal(asked[0].x, asked[1].x)
 
 
 def test_dequantize_fills_the_bins():
@@ -598,8 +995,9 @@ def test_skip_rescale_keeps_the_variance():
     scaled.load_state_dict(plain.state_dict())
     h = plain.conv_in(x)
     emb = torch.zeros(2, 32)
-    assert_close(scaled._stage(scaled.down[0], h, emb), plain._stage(plain.down[0], h, emb) / 2**0.5)
-    assert_close(scaled._stage(scaled.mid[0], h, emb), plain._stage(plain.mid[0], h, emb) / 2)
+    for stage, power in ("down", 0.5), ("mid", 1.0):  # a block; a block and its attention
+        found, full = (net.apply_stage(getattr(net, stage)[0], h, emb) for net in (scaled, plain))
+        assert_close(found, full / 2**power)
     assert scaled(x, t).shape == x.shape
 
 
@@ -629,6 +1027,146 @@ def test_fourier_features_are_fixed_and_bounded():
     assert_close(out[0, :2000] ** 2 + out[0, 2000:] ** 2, torch.ones(2000))
 
 
+def test_fourier_features_are_sine_and_cosine_of_2_pi_w_t():
+    features = sb.FourierFeatures(3)
+    features.W.copy_(torch.tensor([0.25, 1.0, -2.0]))
+    sin, cos = [1.0, 0.0, 0.0], [0.0, 1.0, 1.0]  # at t = 1
+    assert_close(features(torch.ones(1)), torch.tensor([sin + cos]), rtol=0, atol=1e-5)
+    t = torch.tensor([-4.6, 0.7, 3.9]).double()
+    angles = 2 * math.pi * t[:, None] * features.W.double()
+    assert_close(features.double()(t), torch.cat([angles.sin(), angles.cos()], 1), rtol=0, atol=1e-9)
+
+
+NETWORKS = {
+    "mlp": lambda **o: sb.ScoreMLP(2, 16, 2, **o),
+    "unet": lambda **o: sb.UNet(1, 8, 8, (1, 2), 1, (4,), groups=4, **o),
+    "ddpmpp": lambda **o: sb.UNet(1, 8, 8, (1, 2), 1, (4,), groups=4, biggan=True, skip_rescale=True, **o),
+    "ncsnpp": lambda **o: sb.UNet(1, 8, 8, (1, 2), 1, (4,), groups=4, fir=True, biggan=True,
+                                  skip_rescale=True, progressive_input=True, **o),
+    "ncsnpp_on_patches": lambda **o: NETWORKS["ncsnpp"](patch=2, **o)}
+
+
+def awake(network):
+    """The network with no weight left at the zero that it starts from."""
+    with torch.no_grad():
+        for p in network.parameters():
+            if not p.any():
+                p.normal_(std=0.3)
+    return network.eval()
+
+
+@pytest.mark.parametrize("fourier", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_work_in_float64(name, fourier):
+    """As they do in float32, through the score, a sampler and the likelihood."""
+    torch.manual_seed(0)
+    network = awake(NETWORKS[name](fourier=fourier))
+    sde = sb.VESDE() if fourier else sb.VPSDE()
+    x = torch.randn(3, 2) if name == "mlp" else torch.randn(3, 1, 8, 8)
+    t = torch.tensor([0.1, 0.5, 0.9])
+    with torch.no_grad():
+        single = sb.network_eps(network, sde, x, t)
+        double = sb.network_eps(network.double(), sde, x.double(), t.double())
+    assert single.dtype == torch.float32 and double.dtype == torch.float64
+    assert {c.dtype for c in sde.scaling(t.double(), network.sigma_data)} == {torch.float64}
+    assert_close(single.double(), double, rtol=0.02, atol=0.02 if fourier else 1e-3)
+    score = Bounded(sb.score_fn(network, sde, clip_x0=True), LIMIT)
+    assert sb.euler_maruyama(score, sde, x.shape, 2, xT=x.double()).dtype == torch.float64
+    logp = sb.log_likelihood(score, sde, x.double(), "hutchinson", tolerance=0.5, eps=0.3)
+    assert logp.dtype == torch.float64 and logp.isfinite().all()
+    loss = sb.score_loss(network, sde, x.double(), t=t.double(), eps=x.double())
+    loss.backward()
+    assert all(p.grad.dtype == torch.float64 for p in network.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["unet", "ddpmpp", "ncsnpp", "ncsnpp_on_patches"])
+@pytest.mark.parametrize("H, W", [(8, 12), (16, 8)])
+def test_networks_take_any_height_and_width(name, H, W):
+    """With its kernels transposed a network gives the transposed answer to the transposed picture."""
+    network = awake(NETWORKS[name]())
+    x, t = torch.randn(2, 1, H, W), torch.tensor([10.0, 500.0])
+    with torch.no_grad():
+        out = network(x, t)
+        assert out.shape == x.shape
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.weight.copy_(layer.weight.transpose(2, 3).clone())
+        turned = network(x.transpose(2, 3), t)
+    assert turned.shape == (2, 1, W, H)
+    if network.patch == 1:  # the order of the pixels of a patch is not that of their transpose
+        assert_close(turned, out.transpose(2, 3), rtol=1e-3, atol=1e-4)
+
+
+class Wiring:
+    """What each stage of a U-Net was given and gave; what changed the size gave, in order."""
+
+    def __init__(self, model):
+        self.stages, self.resampled, stage = {}, [], model.apply_stage
+
+        def apply_stage(part, h, emb):
+            out = stage(part, h, emb)
+            self.stages[part] = (h, out)
+            return out
+
+        def remember(part, _, out):
+            block = isinstance(part, sb.ResampleBlock)  # whose sum is scaled as in a stage
+            self.resampled.append(out * model.rescale if block else out)
+
+        model.apply_stage = apply_stage
+        for part in (model.conv_in, *model.down):
+            if not isinstance(part, torch.nn.ModuleList):
+                part.register_forward_hook(remember)
+
+
+@pytest.mark.parametrize("name", ["unet", "ddpmpp"])
+def test_skip_connections_carry_each_state_of_the_way_down(name):
+    """Every block on the way up is given, unscaled, what the way down had there, last in first out."""
+    model = awake(NETWORKS[name]())
+    wiring = Wiring(model)
+    with torch.no_grad():
+        model(torch.randn(2, 1, 8, 8), torch.tensor([10.0, 500.0]))
+    skips, resampled = [wiring.resampled[0]], iter(wiring.resampled[1:])
+    for part in model.down:
+        stage = isinstance(part, torch.nn.ModuleList)
+        skips.append(wiring.stages[part][1] if stage else next(resampled))
+    ups = [part for part in model.up if isinstance(part, torch.nn.ModuleList)]
+    assert len(ups) == len(skips)
+    for part in ups:
+        skip = skips.pop()
+        assert skip.abs().max() > 0.01
+        assert torch.equal(wiring.stages[part][0][:, -skip.shape[1]:], skip)
+
+
+@pytest.mark.parametrize("fir", [False, True])
+@pytest.mark.parametrize("skip_rescale", [False, True])
+def test_progressive_input_is_a_residual_sum_at_every_level(skip_rescale, fir):
+    """With all else silent and one tap a convolution: a constant times the weights, each sum scaled."""
+    torch.manual_seed(0)
+    model = sb.UNet(1, 32, 8, (1, 1, 1), 1, (), groups=4, skip_rescale=skip_rescale, fir=fir,
+                    progressive_input=True).eval()
+    wiring, scale = Wiring(model), 2**-0.5 if skip_rescale else 1.0
+    with torch.no_grad():
+        for part in model.down:
+            if not isinstance(part, torch.nn.ModuleList):
+                part.conv.weight.zero_(), part.conv.bias.fill_(0.5)
+        for conv, gain in zip(model.pyramid, (2.0, 3.0), strict=True):
+            conv.weight.zero_(), conv.bias.zero_()
+            conv.weight[:, 0, 1, 1] = gain
+        stages_of = [part for part in model.down if isinstance(part, torch.nn.ModuleList)]
+        dot = torch.zeros(1, 1, 32, 32)
+        dot[..., 15, 15] = 1  # reaches one pixel of the next level, 2 x 2 through the FIR filter
+        model(dot, torch.ones(1))
+        reached = (wiring.stages[stages_of[1]][0][0, 0] - 0.5 * scale).abs() > 1e-3
+        assert reached.sum() == (4 if fir else 1)
+        model(torch.full((1, 1, 32, 32), 0.7), torch.ones(1))
+    stages = [wiring.stages[part][0] for part in stages_of]
+    first = (2 * 0.7 + 0.5) * scale
+    second = (3 * first + 0.5) * scale
+    for h, expected in zip(stages[1:], (first, second), strict=True):
+        inside = h[..., 3:-3, 3:-3]
+        assert_close(inside, torch.full_like(inside, expected))
+
+
 def test_mlp_fits_a_line():
     torch.manual_seed(0)
     model = sb.ScoreMLP(2, 32, 2)
@@ -646,6 +1184,208 @@ def test_mlp_fits_a_line():
 # the script
 
 
+class Enough(Exception):
+    """All that a test wants to see of main has happened."""
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """{name: folder} of a smoke run on 8x8 digits and of one on points."""
+    folders = {}
+    for name in ("digits8", "gaussians"):
+        cfg, run, data = opened(tmp_path_factory.mktemp(name), "--dataset", name, "--preview_every", 100)
+        sb.train(cfg, run, data)
+        folders[name] = run.folder
+    return folders
+
+
+@pytest.fixture
+def drawn(run_of, tmp_path, monkeypatch):
+    """draw(*flags): what --sample with these flags did up to its samples."""
+    def draw(*argv, name="digits8"):
+        found = SimpleNamespace(plotting=MagicMock())
+        found.plotting.samples.side_effect = Enough
+        names = ("em_step", "reverse_diffusion_step", "ancestral_step", "langevin_step", "rk4_step",
+                 "solve", "tweedie", "process", "score_fn")
+        with monkeypatch.context() as patch:
+            for part in names:
+                setattr(found, part, spy(patch, sb, part))
+            patch.setattr(sb, "plotting", found.plotting)
+            patch.setattr(sb.SDE, "prior_sampling", lambda self, shape: torch.ones(shape))
+            with pytest.raises(Enough):
+                sb.main(["--out", str(tmp_path), "--device", "cpu", "--sample", str(run_of[name]), *argv])
+        found.samples = found.plotting.samples.call_args[0][1]
+        return found
+    return draw
+
+
+def test_main_draws_with_the_sampling_flags(drawn):
+    """sampler, N, corrector_steps, snr, tolerance, denoise, n_samples, through --sample."""
+    found = drawn("--sampler", "pc", "--N", "3", "--corrector_steps", "2", "--snr", "0.37")
+    assert len(found.langevin_step) == 6 and len(found.reverse_diffusion_step) == 3
+    assert {call.snr for call in found.langevin_step} == {0.37} and len(found.tweedie) == 1
+    assert found.samples.shape == (4, 1, 8, 8)
+    assert len(drawn("--sampler", "em", "--N", "7").em_step) == 7
+    assert len(drawn("--sampler", "ancestral", "--N", "4").ancestral_step) == 4
+    assert len(drawn("--sampler", "rk4", "--N", "8").rk4_step) == 2
+    found = drawn("--sampler", "rk45", "--tolerance", "0.07", "--no-denoise", "--n_samples", "5")
+    assert [call.tolerance for call in found.solve] == [0.07]
+    assert not found.tweedie and len(found.samples) == 5
+    assert not drawn("--sampler", "em", "--no-denoise").tweedie
+
+
+def test_main_starts_from_noise_times_the_temperature(drawn):
+    for temperature in (0.0, 0.6, 1.0):
+        found = drawn("--sampler", "em", "--N", "1", "--temperature", str(temperature))
+        assert_close(found.process[0].xT, torch.full((4, 1, 8, 8), temperature))
+
+
+def test_main_clamps_x0_hat_of_pictures_as_asked(drawn):
+    """And divides by no less than std_floor; points are never clamped."""
+    sde, t = sb.VPSDE(), torch.full((4,), 0.9)
+    for flag, bound in (("--clip_x0", True), ("--no-clip_x0", False)):
+        found = drawn("--sampler", "em", "--N", "1", flag, "--std_floor", "0.3")
+        x = 5 * torch.ones(4, 1, 8, 8)
+        x0_hat = (x + over_std2(sde, t) * found.process[0].score(x, t)) / sde.m(t).view(-1, 1, 1, 1)
+        assert (x0_hat.abs().max() <= 1.001) == bound
+        assert found.score_fn[0].std_floor == 0.3
+    found = drawn("--sampler", "em", "--N", "1", "--clip_x0", "--n_samples", "1", name="gaussians")
+    assert not found.score_fn[0].clip_x0 and found.samples.shape == (100, 2)
+
+
+def over_std2(sde, t):
+    """The variance of the kernel, broadcastable over pictures."""
+    return sde.std(t).view(-1, 1, 1, 1) ** 2
+
+
+@pytest.mark.parametrize("name", ["digits8", "gaussians"])
+@pytest.mark.parametrize("how", ["train", "sample"])
+def test_all_that_is_drawn_and_measured_is_of_the_average(name, how, run_of, tmp_path, monkeypatch):
+    """Samples, figures, quality and likelihood: the EMA in eval mode, after training and by --sample."""
+    argv = ["--preset", "smoke", "--dataset", name] if how == "train" else ["--sample", run_of[name]]
+    evaluate = ["--evaluate", "10"] if name == "digits8" else []
+    behind, real = {}, sb.score_fn
+    calls = {part: spy(monkeypatch, sb, part, lambda *a, **k: None) for part in vars(sb)
+             if part.startswith(("figure_", "measure_"))}
+
+    def score_fn(model, *args, **kwargs):
+        score = real(model, *args, **kwargs)
+        behind[score] = model
+        return score
+
+    monkeypatch.setattr(sb, "score_fn", score_fn)
+    monkeypatch.setattr(sb, "plotting", MagicMock())
+    monkeypatch.setattr(sb.metrics, "glance", lambda *args: {})
+    scored = spy(monkeypatch, runs.Run, "quality", lambda *a, **k: {})
+    process = spy(monkeypatch, sb, "process")
+    sb.main(list(map(str, [*argv, "--device", "cpu", "--out", tmp_path, "--sampler", "em", *evaluate])))
+    folder = run_of[name] if how == "sample" else only_run(tmp_path, "score_based")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert len({str(state[part].values()) for part in ("ema", "model")}) == 2
+
+    used = [call for part in calls.values() for call in part]
+    used = [call for call in used if not getattr(call, "step", None)]  # the previews aside
+    points = name == "gaussians"
+    assert {part for part, found in calls.items() if found} >= (
+        {"figure_sdes", "figure_loss", "figure_fields", "figure_paths", "figure_density", "measure_points"}
+        if points else {"figure_sdes", "figure_loss", "figure_denoising", "figure_samplers",
+                        "figure_guardrails", "figure_codes", "measure_bits"})
+    models = [call.model for call in used if hasattr(call, "model")]
+    models += [behind[call.score] for call in [*used, *process] if hasattr(call, "score")]
+    models += [call.network for call in scored]
+    for model in models:
+        assert not model.training
+        assert_close(dict(model.state_dict()), dict(state["ema"]), rtol=0, atol=0)
+    if not points:  # every sampler is scored, in about 200 calls
+        assert [call.steps for call in scored] == [5] + [200] * 6
+        process.clear()
+        for call in scored:
+            next(call.states(range(2)))
+        assert [(call.cfg.sampler, call.calls) for call in process] == [("em", None)] + [
+            (sampler, 200) for sampler in sb.SDE.samplers]
+        assert all(behind[call.score] in models for call in process)
+
+
+def test_bits_are_of_held_out_pictures_and_of_a_score_that_is_not_clamped(tmp_path, monkeypatch):
+    asked = spy(monkeypatch, sb, "bits_per_dim", lambda score, sde, x, **how: torch.arange(len(x)) + 2.0)
+    scores = spy(monkeypatch, sb, "score_fn")
+    for argv, n in ([], 2), (["--likelihood", "3", "--tolerance", "0.3"], 3), (["--evaluate", "10"], 500):
+        cfg, run, data = opened(tmp_path, *argv)
+        model = sb.make_network(cfg, data.shape)
+        sb.measure_bits(run, cfg, model, sb.make_sde(cfg), data)
+        found = run.read_metrics()["bits_per_dim"]
+        x = torch.cat([call.x for call in asked])
+        assert torch.equal(x, data.test[:n]) and found["n"] == n
+        assert {call.how["tolerance"] for call in asked} == {cfg.tolerance}
+        assert scores[-1].model is model and not scores[-1].clip_x0
+        if n < 100:
+            values = torch.arange(n) + 2.0
+            assert found["mean"] == pytest.approx(values.mean().item())
+            assert found["standard_error"] == pytest.approx(values.std().item() / n**0.5)
+        asked.clear()
+    cfg, run, data = opened(tmp_path, "--likelihood", "0")
+    sb.measure_bits(run, cfg, model, sb.make_sde(cfg), data)
+    assert not asked and "bits_per_dim" not in run.read_metrics()
+
+
+def test_densities_and_likelihoods_of_points_against_the_truth(tmp_path, monkeypatch):
+    """The exact score of the eight Gaussians is right, that of eight between them is all wrong."""
+    cfg, run, data = opened(tmp_path, "--dataset", "gaussians", "--tolerance", 1e-3, "--likelihood", 300)
+    sde = sb.VPSDE()
+
+    def exact(turn):
+        angles = torch.arange(8).double() * math.pi / 4 + turn
+        centres = 1.4 * torch.stack([angles.cos(), angles.sin()], 1)
+        data = Mixture(sde, (1 / 8,) * 8, centres.tolist(), (0.1,) * 8)
+        return Bounded(lambda x, t: data(x.double(), t.double()).to(x.dtype), LIMIT)
+
+    monkeypatch.setattr(sb, "plotting", MagicMock())
+    sb.figure_density(run, cfg, exact(math.pi / 8), sde, data, side=50)
+    density = run.read_metrics()["density"]
+    assert density["sums_to"] == pytest.approx(1, abs=0.02)
+    assert density["total_variation"] == pytest.approx(1, abs=0.03)
+    score = exact(0)
+    sb.figure_density(run, cfg, score, sde, data, side=50)
+    density = run.read_metrics()["density"]
+    assert density["sums_to"] == pytest.approx(1, abs=0.02) and density["total_variation"] < 0.03
+    sb.measure_points(run, cfg, score, sde, data, load_points("gaussians", n=4000, seed=5).train)
+    found = run.read_metrics()
+    assert found["likelihood"]["n"] == 300
+    assert found["likelihood"]["nats"] == pytest.approx(found["likelihood"]["nats_of_the_truth"], abs=0.02)
+    assert found["samples"]["energy_distance"] < 3 * found["samples"]["energy_distance_of_data"] < 0.1
+    sb.measure_points(run, replace(cfg, likelihood=0), score, sde, data, 0.3 * data.test[:2000])
+    far = run.read_metrics()["samples"]
+    assert far["energy_distance"] > 20 * far["energy_distance_of_data"]
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "subvp"])
+def test_figure_samplers_has_a_row_for_every_sampler_of_the_sde(name, tmp_path, monkeypatch):
+    """Each named with its calls of the network: N of its steps, Tweedie's, from the same noise."""
+    cfg, run, data = opened(tmp_path, "--dataset", "digits8", "--sde", name, "--N", 8)
+    sde, model = sb.make_sde(cfg), sb.make_network(cfg, data.shape)
+    plotting, process = MagicMock(), spy(monkeypatch, sb, "process")
+    monkeypatch.setattr(sb, "plotting", plotting)
+    have = {"run": run, "cfg": cfg, "model": model, "sde": sde, "score": sb.score_fn(model, sde),
+            "shape": data.shape}
+    wanted = inspect.signature(sb.figure_samplers).parameters
+    sb.figure_samplers(**{key: value for key, value in have.items() if key in wanted})
+    rows, labels = plotting.table.call_args[0][1], plotting.table.call_args[0][3]
+    calls = dict(zip(sde.samplers, (int(label.split("\n")[1].split()[0]) for label in labels), strict=True))
+    calls.pop("rk45")
+    assert calls == dict.fromkeys(calls, 9) and set(calls) == set(sde.samplers) - {"rk45"}
+    assert ("ancestral" in calls) == (name != "subvp")
+    assert all(row.shape == (10, 1, 8, 8) for row in rows) and len(rows) == len(labels)
+    assert all(torch.equal(call.xT, process[0].xT) for call in process)
+
+
+def test_points_take_the_preset_of_their_name():
+    for name in POINTS:
+        assert parse_args(sb.Config, sb.PRESETS, ["--dataset", name])[0] == sb.PRESETS[name]
+        assert sb.PRESETS[name].dataset == name and not sb.PRESETS[name].dequantize
+        cfg, _ = parse_args(sb.Config, sb.PRESETS, ["--dataset", name, "--preset", "smoke"])
+        assert cfg == replace(sb.PRESETS["smoke"], dataset=name)
+
+
 BAD = [
     (["--sigma_min", "50"], "--sigma_min 50.0: must be below --sigma_max 50.0"),
     (["--beta_min", "30"], "--beta_min 30.0: must be below"),
@@ -661,6 +1401,12 @@ BAD = [
     (["--dataset", "swiss_roll", "--evaluate"], "--evaluate 500: --dataset swiss_roll has no labels"),
     (["--dataset", "swissroll"], "--dataset swissroll: must be one of"),
     (["--temperature", "-1"], "--temperature -1.0"), (["--std_floor", "-1"], "--std_floor -1.0"),
+    (["--tolerance", "1"], "--tolerance 1.0: must be in (0, 1)"),
+    (["--corrector_steps", "0"], "--corrector_steps 0: must be >= 1"),
+    (["--likelihood", "-1"], "--likelihood -1: must be >= 0"),
+    (["--ema", "1"], "--ema 1.0: must be in [0, 1)"),
+    (["--groups", "3"], "--groups 3: must divide channels 8"), (["--heads", "3"], "--heads 3: must divide"),
+    (["--dataset", "swiss_roll", "--flip"], "--flip True: --dataset swiss_roll holds no images"),
 ]
 
 
@@ -687,7 +1433,6 @@ def test_smoke_run_on_images(sde, tmp_path):
         open_picture(run / name)
     found = json.loads((run / "metrics.json").read_text())
     assert found["bits_per_dim"]["n"] == 2 and math.isfinite(found["bits_per_dim"]["mean"])
-    assert set(found["samplers"]) == set(sb.samplers_of(sb.make_sde(sb.Config(sde=sde))))
     if sde != "ve":
         return
     # sampling takes the SDE and its constants from the checkpoint and from nowhere else
@@ -716,33 +1461,27 @@ def test_smoke_run_on_points(tmp_path):
 
 @pytest.mark.slow
 def test_resumed_run_ends_with_the_same_bytes(tmp_path):
-    how = ("--preset", "smoke", "--dataset", "swiss_roll", "--sde", "ve")
+    how = ("--preset", "smoke", "--device", "cpu", "--dataset", "swiss_roll", "--sde", "ve")
     whole = run_script("score_based_diffusion_example.py", *how, "--out", "a", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr[-2000:]
     run = only_run(tmp_path / "a", "score_based")
-    cfg = sb.Config(**{k: tuple(v) if isinstance(v, list) else v
-                       for k, v in json.loads((run / "config.json").read_text())["config"].items()})
-    stop_at_three(cfg, tmp_path / "b")
+    stop_at_three(tmp_path / "b", *how)
     half = only_run(tmp_path / "b", "score_based")
+    assert torch.load(half / "checkpoint.pt", weights_only=True)["step"] == 3
     resumed = run_script("score_based_diffusion_example.py", "--resume", half, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert (run / "checkpoint.pt").read_bytes() == (half / "checkpoint.pt").read_bytes()
     assert (run / "log.csv").read_text() == (half / "log.csv").read_text()
 
 
-def stop_at_three(cfg, out):
-    """A run of cfg that stops after three steps, as by Ctrl-C."""
-    from common.cli import parse_args
-    from common.device import launch
-    from common.runs import start
-
-    _, opts = parse_args(sb.Config, sb.PRESETS, ["--preset", "smoke", "--out", str(out)])
-    cfg, run, _ = start("score_based", sb.Config, cfg, opts, launch("cpu"), sb.validate)
+def stop_at_three(out, *argv):
+    """A run that stops after three steps, as by Ctrl-C."""
+    cfg, run, data = opened(out, *argv)
     log = run.log
 
-    def stop(step, **values):
-        log(step, **values)
+    def stop(step, *args, **values):
+        log(step, *args, **values)
         run.stopped = step == 3
 
     run.log = stop
-    sb.train(cfg, run)
+    sb.train(cfg, run, data)

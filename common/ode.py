@@ -1,0 +1,36 @@
+"""A differential equation of tensors, integrated by scipy."""
+
+import numpy as np
+import torch
+from scipy.integrate import RK45
+
+
+def solve(velocity, state, t, s, tolerance):
+    """d state/dt = velocity(state, t) by adaptive RK45: yields (t, state) from t to s.
+
+    state: a tuple of tensors, and so are velocity's answers. tolerance: both relative
+    and absolute. RuntimeError where the solver gives up.
+    """
+    sizes = np.cumsum([part.numel() for part in state])[:-1]
+
+    def pack(parts):
+        arrays = [part.detach().cpu().double().numpy() for part in parts]
+        return np.concatenate([array.ravel() for array in arrays])
+
+    def unpack(flat):
+        return tuple(torch.from_numpy(part).to(like.device, like.dtype).view_as(like)
+                     for part, like in zip(np.split(flat, sizes), state, strict=True))
+
+    def rhs(u, flat):
+        slope = pack(velocity(unpack(flat), float(u)))
+        if not np.isfinite(slope).all():  # of which the solver would never tire
+            raise RuntimeError(f"the ODE solver stopped at t = {u:g}: nan or inf")
+        return slope
+
+    solver = RK45(rhs, t, pack(state), s, rtol=tolerance, atol=tolerance)
+    yield t, state
+    while solver.status == "running":
+        failure = solver.step()
+        yield solver.t, unpack(solver.y)
+    if solver.status == "failed":
+        raise RuntimeError(f"the ODE solver stopped at t = {solver.t:g}: {failure}")
