@@ -24,14 +24,14 @@ import copy
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import metrics, plotting
-from common.cli import command_line
+from common.cli import check_sizes, command_line
 from common.data import load_images
 from common.runs import open_run
 
@@ -91,8 +91,7 @@ PRESETS = {
 # %% 1. Forward process ([DDPM] Sec. 2)
 
 
-@dataclass
-class Schedule:
+class Schedule(NamedTuple):
     """betas, alphas, alpha_bars: (T+1,). [t] is the paper's t, [0] the clean image.
 
     Functions that need only alpha_bars take only those.
@@ -107,8 +106,7 @@ class Schedule:
         return len(self.betas) - 1
 
     def to(self, device):
-        arrays = self.betas, self.alphas, self.alpha_bars
-        return Schedule(*(array.to(device) for array in arrays))
+        return Schedule(*(array.to(device) for array in self))
 
 
 def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
@@ -330,23 +328,6 @@ class Upsample(nn.Module):
     def forward(self, x):
         x = F.interpolate(self.narrow(x), scale_factor=2.0, mode="nearest")
         return self.conv(x)
-
-
-def check_sizes(image_size, channels, mults, heads, groups, patch):
-    """ValueError where no U-Net of these sizes can be built."""
-    if not mults:
-        raise ValueError("mults: needs at least one number")
-    multiple = patch * 2 ** (len(mults) - 1)
-    if image_size % multiple:
-        low = image_size // multiple * multiple
-        near = ", ".join(str(size) for size in (low, low + multiple) if size)
-        raise ValueError(f"image_size {image_size}: must be a multiple of {multiple} "
-                         f"(patch {patch}, {len(mults)} levels), nearest: {near}")
-    if channels % 2:
-        raise ValueError(f"channels {channels}: must be even (sines and cosines of t)")
-    for name, divisor in (("groups", groups), ("heads", heads)):
-        if channels % divisor:
-            raise ValueError(f"{name} {divisor}: must divide channels {channels}")
 
 
 class UNet(nn.Module):

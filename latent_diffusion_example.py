@@ -28,14 +28,14 @@ How long it takes, what it draws and how good that is: results/ and README.md.
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import metrics, plotting
-from common.cli import command_line, fail
+from common.cli import check_sizes, command_line, fail
 from common.data import Data, load_images
 from common.device import seeded, training_cost
 from common.runs import load_checkpoint, open_run, restore
@@ -125,8 +125,7 @@ def latent_scale(mean, logvar, eps=None):
     return 1 / z.cpu().double().std().item()  # [LDM] App. G; double: many terms
 
 
-@dataclass
-class Schedule:
+class Schedule(NamedTuple):
     """betas, alphas, alpha_bars: (T+1,). [t] is the paper's t, [0] the clean image.
 
     Functions that need only alpha_bars take only those.
@@ -141,8 +140,7 @@ class Schedule:
         return len(self.betas) - 1
 
     def to(self, device):
-        arrays = self.betas, self.alphas, self.alpha_bars
-        return Schedule(*(array.to(device) for array in arrays))
+        return Schedule(*(array.to(device) for array in self))
 
 
 def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
@@ -384,23 +382,6 @@ class Upsample(nn.Module):
     def forward(self, x):
         x = F.interpolate(self.narrow(x), scale_factor=2.0, mode="nearest")
         return self.conv(x)
-
-
-def check_sizes(image_size, channels, mults, heads, groups, patch):
-    """ValueError where no U-Net of these sizes can be built."""
-    if not mults:
-        raise ValueError("mults: needs at least one number")
-    multiple = patch * 2 ** (len(mults) - 1)
-    if image_size % multiple:
-        low = image_size // multiple * multiple
-        near = ", ".join(str(size) for size in (low, low + multiple) if size)
-        raise ValueError(f"image_size {image_size}: must be a multiple of {multiple} "
-                         f"(patch {patch}, {len(mults)} levels), nearest: {near}")
-    if channels % 2:
-        raise ValueError(f"channels {channels}: must be even (sines and cosines of t)")
-    for name, divisor in (("groups", groups), ("heads", heads)):
-        if channels % divisor:
-            raise ValueError(f"{name} {divisor}: must divide channels {channels}")
 
 
 class UNet(nn.Module):
@@ -649,7 +630,7 @@ def train_vae(cfg, run, data):
             weight = adversarial_weight(loss, adversary, vae.conv_out.weight)
             loss = loss + cfg.adversarial * weight * adversary
         optimizer.zero_grad()
-        run.backward(loss, optimizer, 100.0, reconstruction=error, kl=kl)  # a sum: large
+        run.backward(loss, optimizer, clip=100.0, reconstruction=error, kl=kl)
         optimizer.step()
         if adversarial:  # [LDM] Eq. 25, the maximum: it tells them apart
             loss = discriminator_loss(discriminator(x), discriminator(x_hat.detach()))

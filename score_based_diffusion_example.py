@@ -42,7 +42,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import metrics, plotting
-from common.cli import command_line
+from common.cli import check_sizes, command_line
 from common.data import POINTS, load_data, point_density
 from common.device import Meter, seeded
 from common.ode import solve
@@ -716,23 +716,6 @@ class ResampleBlock(ResBlock):
         h = h + self.time(F.silu(emb))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.skip(self.resample(x, self.fir)) + h
-
-
-def check_sizes(image_size, channels, mults, heads, groups, patch):
-    """ValueError where no U-Net of these sizes can be built."""
-    if not mults:
-        raise ValueError("mults: needs at least one number")
-    multiple = patch * 2 ** (len(mults) - 1)
-    if image_size % multiple:
-        low = image_size // multiple * multiple
-        near = ", ".join(str(size) for size in (low, low + multiple) if size)
-        raise ValueError(f"image_size {image_size}: must be a multiple of {multiple} "
-                         f"(patch {patch}, {len(mults)} levels), nearest: {near}")
-    if channels % 2:
-        raise ValueError(f"channels {channels}: must be even (sines and cosines of t)")
-    for name, divisor in (("groups", groups), ("heads", heads)):
-        if channels % divisor:
-            raise ValueError(f"{name} {divisor}: must divide channels {channels}")
 
 
 class UNet(nn.Module):

@@ -32,8 +32,8 @@ def fail(message):
 def command_line(main):
     """main(argv), which tells a ValueError of its own script in one line with the flag.
 
-    A script raises `ValueError("S 30: must be ...")` where two of its settings do not
-    fit together. An error from anywhere else keeps its traceback.
+    A script, or check_sizes here, raises `ValueError("S 30: must be ...")` where two of
+    its settings do not fit together. An error from anywhere else keeps its traceback.
     """
     @functools.wraps(main)
     def told(argv=None):
@@ -41,7 +41,7 @@ def command_line(main):
             return main(argv)
         except ValueError as problem:
             *_, (frame, _) = traceback.walk_tb(problem.__traceback__)
-            if frame.f_globals is not main.__globals__:
+            if frame.f_globals not in (main.__globals__, globals()):
                 raise
             fail(f"--{problem}")
 
@@ -122,6 +122,23 @@ def allowed(value, rule):
     above = value >= low if rule[3] == "[" else value > low
     below = value <= high if rule[-1] == "]" else value < high
     return above and below
+
+
+def check_sizes(image_size, channels, mults, heads, groups, patch):
+    """ValueError where a script's UNet of these sizes cannot be built."""
+    if not mults:
+        raise ValueError("mults: needs at least one number")
+    multiple = patch * 2 ** (len(mults) - 1)
+    if image_size % multiple:
+        low = image_size // multiple * multiple
+        near = ", ".join(str(size) for size in (low, low + multiple) if size)
+        raise ValueError(f"image_size {image_size}: must be a multiple of {multiple} "
+                         f"(patch {patch}, {len(mults)} levels), nearest: {near}")
+    if channels % 2:
+        raise ValueError(f"channels {channels}: must be even (sines and cosines of t)")
+    for name, divisor in (("groups", groups), ("heads", heads)):
+        if channels % divisor:
+            raise ValueError(f"{name} {divisor}: must divide channels {channels}")
 
 
 def spell(value):

@@ -444,7 +444,7 @@ def test_a_state_is_computed_only_when_it_is_asked_for():
 def test_eq_11_is_the_posterior_mean_at_x0_hat(kind, t):
     """The step as Alg. 2 writes it, from eps_hat, and the one over x0_hat (Eq. 7) are one."""
     schedule = ddpm.make_schedule(kind, 50)
-    schedule = ddpm.Schedule(*(a.double() for a in vars(schedule).values()))
+    schedule = ddpm.Schedule(*(a.double() for a in schedule))
     betas = schedule.betas  # in float64 throughout: the arrays were rounded to float32
     schedule = ddpm.Schedule(betas, 1 - betas, (1 - betas).cumprod(0))
     xt, eps_hat = torch.randn(2, 4, 1, 3, 3).double()
