@@ -27,7 +27,8 @@ Departures from the papers:
   4. the noisy classifier ends in an average pool, [ADM]'s in attention;
   5. x0_hat is clamped to [-1, 1] while sampling (`clip_x0`): after the guidance, but in
      [ADM] Alg. 1 before it;
-  6. a cosine decay of the learning rate, clipped gradients, a shorter average.
+  6. a cosine decay of the learning rate, clipped gradients, a shorter average of the
+     weights, which follows them faster at first.
 
 How long it takes, what it draws and how good that is: results/ and README.md.
 """
@@ -54,6 +55,8 @@ Guidance = Literal["classifier_free", "classifier", "none"]
 
 @dataclass(frozen=True)  # (paper: ...) is [CFG] on guidance, else [ADM]; DiT: [DiT]
 class Config:
+    """Every line is a flag, its comment the help text; a range in it is checked."""
+
     # diffusion
     T: int = 1000  # diffusion steps, >= 1 (paper: 1000)
     schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: both)
@@ -164,7 +167,7 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
         raise ValueError(f"schedule {kind}: must be one of linear, cosine")
     betas = F.pad(betas.clamp(max=0.999), (1, 0))  # betas[0] = 0: the clean image
     alphas = 1 - betas  # [DDPM] Sec. 2
-    alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 ... alpha_t
+    alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 * ... * alpha_t
     return Schedule(betas.float(), alphas.float(), alpha_bars.float())
 
 
@@ -190,7 +193,7 @@ def drop_labels(y, p_uncond, null):
 
 
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
-    """The simple objective: x0: (B, C, H, W) -> scalar. Source: [DDPM] Eq. 14.
+    """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
     The bound of Eq. 3 in the form of Eq. 12, without its weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
@@ -306,6 +309,12 @@ def sample(model, shape, schedule, y, w=2.0, guidance="classifier_free",
 # %% 4. Sampling: the steps of DDPM and DDIM
 
 
+def predict_x0(xt, eps_hat, t, alpha_bars):
+    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 1..T."""
+    alpha_bar = alpha_bars[t]
+    return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()  # [DDPM] Eq. 15
+
+
 def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
     """eps_hat = eps_theta(x_t, t), like xt: (B, C, H, W). t: int in 1..T.
 
@@ -319,16 +328,9 @@ def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
     return eps_hat
 
 
-def predict_x0(xt, eps_hat, t, alpha_bars):
-    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 1..T."""
-    alpha_bar = alpha_bars[t]
-    return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()  # [DDPM] Eq. 15
-
-
 def mean_from_eps(xt, eps_hat, t, schedule):
-    """mu_theta(x_t, t), the mean of a reverse step, like xt. t: int in 1..T."""
-    beta, alpha = schedule.betas[t], schedule.alphas[t]
-    alpha_bar = schedule.alpha_bars[t]
+    """mu_theta(x_t, t), which is Eq. 7's mean at x_0 = x0_hat. t: int in 1..T."""
+    beta, alpha, alpha_bar = (array[t] for array in schedule)
     mean = (xt - beta / (1 - alpha_bar).sqrt() * eps_hat) / alpha.sqrt()
     return mean  # [DDPM] Eq. 11
 
@@ -340,8 +342,8 @@ def p_theta(model, xt, t, schedule, variance="beta_tilde", clip_x0=True):
     fixed point ([DDPM] Sec. 3.2).
     """
     eps_hat = predict_eps(model, xt, t, schedule.alpha_bars, clip_x0)
-    mean = mean_from_eps(xt, eps_hat, t, schedule)
-    return mean, schedule.betas[t] if variance == "beta" else beta_tilde(t, schedule)
+    sigma2 = schedule.betas[t] if variance == "beta" else beta_tilde(t, schedule)
+    return mean_from_eps(xt, eps_hat, t, schedule), sigma2
 
 
 @torch.no_grad()
@@ -373,16 +375,16 @@ def ddim_timesteps(T, S, spacing="linear"):
 def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None):
     """One step x_t -> x_{t_prev}. xt, eps_hat, z: (B, C, H, W), t, t_prev: int in 0..T.
 
-    z ~ N(0, I) is needed where eta > 0. Encoding steps up: there t_prev is above t.
+    z ~ N(0, I) is needed where eta > 0. In encoding t_prev is above t.
     """
     alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[t_prev]
     sigma = torch.zeros_like(alpha_bar)
-    if eta > 0:
+    if eta > 0:  # encoding, with eta = 0, steps up: its second root is not real
         sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())  # [DDIM] Eq. 16
     x0_hat = predict_x0(xt, eps_hat, t, alpha_bars)  # "predicted x_0", [DDIM] Eq. 9
-    to_xt = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
-    x_prev = alpha_bar_prev.sqrt() * x0_hat + to_xt  # "direction pointing to x_t"
+    direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
+    x_prev = alpha_bar_prev.sqrt() * x0_hat + direction  # "pointing to x_t"
     return x_prev if eta == 0 else x_prev + sigma * z  # [DDIM] Eq. 12
 
 
@@ -506,7 +508,7 @@ class UNet(nn.Module):
                                   nn.Linear(time_dim, time_dim))
         self.label = nn.Embedding(classes + 1, time_dim)  # the last is the null class
 
-        def stage(c_in, c_out):
+        def stage(c_in, c_out, size):
             block = ResBlock(c_in, c_out, time_dim, groups, dropout)
             attends = size in attention
             attend = Attention(c_out, heads, groups) if attends else nn.Identity()
@@ -517,7 +519,7 @@ class UNet(nn.Module):
         self.down, skips = nn.ModuleList(), [c]
         for level, mult in enumerate(mults):
             for _ in range(blocks):
-                self.down.append(stage(c, channels * mult))
+                self.down.append(stage(c, channels * mult, size))
                 c = channels * mult
                 skips.append(c)
             if level < len(mults) - 1:
@@ -532,10 +534,11 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(mults))):
             for _ in range(blocks + 1):
-                self.up.append(stage(c + skips.pop(), channels * mult))
+                self.up.append(stage(c + skips.pop(), channels * mult, size))
                 c = channels * mult
             if level > 0:
-                c_up = channels * mults[level - 1] if patch > 1 else c  # cheaper
+                # a patched network narrows before it doubles the resolution: cheaper
+                c_up = channels * mults[level - 1] if patch > 1 else c
                 self.up.append(Upsample(c, c_up))
                 c, size = c_up, size * 2
         self.norm_out = nn.GroupNorm(groups, c)
@@ -743,6 +746,7 @@ def train(cfg, run, data):
     def preview(step):
         figure_preview(run, ema.model, data, schedule, step)
 
+    # run.training sets the learning rate, logs, saves, resumes: common/runs.py
     for step in run.training(cfg.steps, model, optimizer, preview, ema=ema.model):
         x0, y = run.batch(data, cfg.batch_size, cfg.flip)  # [CFG] Alg. 1, line 2
         y = drop_labels(y, cfg.p_uncond, null=classes)  # line 3
@@ -855,12 +859,12 @@ def figure_guidance(run, cfg, model, data, schedule, classifier, how):
     n, weights = run.opts.evaluate, sorted({*cfg.w, -1.0, 0.0, cfg.w_samples})
     y, scores = torch.arange(n, device=run.device) % len(data.classes), {}
     for guidance in ("classifier_free", "classifier"):
-        settings = how | {"guidance": guidance, "classifier": classifier}
+        changed = how | {"guidance": guidance, "classifier": classifier}
         for w in weights:
-            def states(batch, w=w, settings=settings):
+            def states(batch, w=w, changed=changed):
                 xT = torch.randn(len(batch), *data.shape, device=run.device)
                 asked = y[batch.start:batch.stop]
-                return guided_process(model, xT, schedule, asked, w, **settings)
+                return guided_process(model, xT, schedule, asked, w, **changed)
             found = run.quality(states, model, cfg.S, data, y)
             scores.setdefault(guidance, {})[f"{w:g}"] = found
             run.add_metrics(guidance_sweep=scores)
@@ -959,7 +963,7 @@ def main(argv=None):
     if not run.main:
         return
 
-    y = torch.tensor(classes, device=run.device).repeat(cfg.n_samples)
+    y = torch.tensor(classes, device=run.device).repeat(cfg.n_samples)  # n are used
     how = {name: getattr(cfg, name) for name in (
         "guidance", "sampler", "S", "eta", "spacing", "variance", "clip_x0")}
     how["classifier"] = classifier

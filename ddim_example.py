@@ -10,12 +10,12 @@ DDPM (eta = 1) (Eq. 12, 16), with the larger noise of Sec. 5, too; sub-sequences
 (App. D.5). The paper's alpha_t is alpha_bars[t] here. Schedule, objective, network and
 training, with the paper values beside them, are those of [DDPM], arXiv 2006.11239.
 
-Departures from the paper; `--preset paper` has 4 and that tau ends in T (code: below):
+Departures from the paper; `--preset paper` keeps 4 and the second half of 5:
   1. a small U-Net on 2x2 blocks of pixels (`patch`), so that it trains on a CPU;
   2. its up path narrows before it doubles the resolution: a cheaper convolution;
   3. a cosine decay of the learning rate, a shorter average of the weights;
   4. the average follows the weights faster in the first steps (EMA);
-  5. x0_hat is clamped to [-1, 1] while sampling (`clip_x0`); tau always ends in T.
+  5. x0_hat is clamped to [-1, 1] (`clip_x0`); tau ends in T, in the code below it.
 
 How long it takes, what it draws and how good that is: results/ and README.md.
 """
@@ -38,6 +38,8 @@ from common.runs import open_run
 
 @dataclass(frozen=True)
 class Config:
+    """Every line is a flag, its comment the help text; a range in it is checked."""
+
     # diffusion
     T: int = 1000  # diffusion steps, >= 1 (paper: 1000)
     schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: linear)
@@ -125,7 +127,7 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
         raise ValueError(f"schedule {kind}: must be one of linear, cosine")
     betas = F.pad(betas.clamp(max=0.999), (1, 0))  # betas[0] = 0: the clean image
     alphas = 1 - betas  # [DDPM] Sec. 2
-    alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 ... alpha_t
+    alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 * ... * alpha_t
     return Schedule(betas.float(), alphas.float(), alpha_bars.float())
 
 
@@ -139,7 +141,7 @@ def q_sample(x0, t, eps, alpha_bars):
 
 
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
-    """The simple objective: x0: (B, C, H, W) -> scalar. Source: [DDPM] Eq. 14.
+    """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
     The bound of Eq. 3 in the form of Eq. 12, without its weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
@@ -187,16 +189,16 @@ def ddim_timesteps(T, S, spacing="linear"):
 def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None):
     """One step x_t -> x_{t_prev}. xt, eps_hat, z: (B, C, H, W), t, t_prev: int in 0..T.
 
-    z ~ N(0, I) is needed where eta > 0. Encoding steps up: there t_prev is above t.
+    z ~ N(0, I) is needed where eta > 0. In encoding t_prev is above t.
     """
     alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[t_prev]
     sigma = torch.zeros_like(alpha_bar)
-    if eta > 0:
+    if eta > 0:  # encoding, with eta = 0, steps up: its second root is not real
         sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())  # [DDIM] Eq. 16
     x0_hat = predict_x0(xt, eps_hat, t, alpha_bars)  # "predicted x_0", [DDIM] Eq. 9
-    to_xt = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
-    x_prev = alpha_bar_prev.sqrt() * x0_hat + to_xt  # "direction pointing to x_t"
+    direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
+    x_prev = alpha_bar_prev.sqrt() * x0_hat + direction  # "pointing to x_t"
     return x_prev if eta == 0 else x_prev + sigma * z  # [DDIM] Eq. 12
 
 
@@ -204,7 +206,7 @@ def sigma_hat_step(xt, eps_hat, t, t_prev, alpha_bars, eta, z):
     """ddim_step at eta = 1 with the larger noise sigma_hat. [DDIM] Sec. 5, App. D.3."""
     mean = ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=1.0, z=0.0)
     sigma_hat = (1 - alpha_bars[t] / alpha_bars[t_prev]).sqrt()
-    return mean + sigma_hat * z if t_prev > 0 else mean
+    return mean + sigma_hat * z if t_prev > 0 else mean  # a clean end, as in Alg. 2
 
 
 @torch.no_grad()
@@ -348,7 +350,7 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(channels, time_dim), nn.SiLU(),
                                   nn.Linear(time_dim, time_dim))
 
-        def stage(c_in, c_out):
+        def stage(c_in, c_out, size):
             block = ResBlock(c_in, c_out, time_dim, groups, dropout)
             attends = size in attention
             attend = Attention(c_out, heads, groups) if attends else nn.Identity()
@@ -359,7 +361,7 @@ class UNet(nn.Module):
         self.down, skips = nn.ModuleList(), [c]
         for level, mult in enumerate(mults):
             for _ in range(blocks):
-                self.down.append(stage(c, channels * mult))
+                self.down.append(stage(c, channels * mult, size))
                 c = channels * mult
                 skips.append(c)
             if level < len(mults) - 1:
@@ -374,10 +376,11 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(mults))):
             for _ in range(blocks + 1):
-                self.up.append(stage(c + skips.pop(), channels * mult))
+                self.up.append(stage(c + skips.pop(), channels * mult, size))
                 c = channels * mult
             if level > 0:
-                c_up = channels * mults[level - 1] if patch > 1 else c  # cheaper
+                # a patched network narrows before it doubles the resolution: cheaper
+                c_up = channels * mults[level - 1] if patch > 1 else c
                 self.up.append(Upsample(c, c_up))
                 c, size = c_up, size * 2
         self.norm_out = nn.GroupNorm(groups, c)
@@ -443,6 +446,7 @@ def train(cfg, run, data):
     def preview(step):
         figure_preview(run, ema.model, data, schedule, step)
 
+    # run.training sets the learning rate, logs, saves, resumes: common/runs.py
     for step in run.training(cfg.steps, model, optimizer, preview, ema=ema.model):
         x0, _ = run.batch(data, cfg.batch_size, cfg.flip)  # [DDPM] Alg. 1, line 2
         loss = ddpm_loss(model, x0, schedule)  # [DDPM] Alg. 1, lines 3 to 5
@@ -491,8 +495,8 @@ def figure_loss(run, model, data, schedule):
 @torch.no_grad()
 def figure_denoising(run, model, states, alpha_bars):
     """denoising.gif: x_t on its way; denoising.png: x_t, and below it x0_hat."""
-    *states, end = states
-    frames, columns = plotting.evenly([*states, end], 33), plotting.evenly(states, 8)
+    states = list(states)
+    frames, columns = plotting.evenly(states, 33), plotting.evenly(states[:-1], 8)
     captions = [f"t = {t}" for t, _ in frames]
     plotting.gif(run.path("denoising.gif"), [xt for _, xt in frames], 3, captions)
 
@@ -573,7 +577,7 @@ def main(argv=None):
     cfg, run = open_run("ddim", Config, PRESETS, argv, reads=("ddpm",))
     data = run.load(load_images(cfg.dataset, cfg.image_size))
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
-    ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # fails here, before training, for S > T
+    ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # S > T is told before training
     if cfg.sigma_hat and cfg.eta != 1:
         raise ValueError(f"eta {cfg.eta}: must be 1 with --sigma_hat")
     if run.sampling:

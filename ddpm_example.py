@@ -8,7 +8,7 @@ simple objective (Eq. 14, Alg. 1), ancestral sampling (Eq. 11, Alg. 2, with eith
 variance of Sec. 3.2), the U-Net of App. B, and last, since only figures need it, the
 variational bound (Eq. 5, 8) with its discrete decoder (Eq. 13).
 
-Departures from the paper; `--preset paper` has the last two:
+Departures from the paper; `--preset paper` keeps the last two:
   1. a small U-Net on 2x2 blocks of pixels (`patch`), so that it trains on a CPU;
   2. its up path narrows before it doubles the resolution: a cheaper convolution;
   3. a cosine decay of the learning rate, a shorter average of the weights;
@@ -36,6 +36,8 @@ from common.runs import open_run
 
 @dataclass(frozen=True)
 class Config:
+    """Every line is a flag, its comment the help text; a range in it is checked."""
+
     # diffusion
     T: int = 1000  # diffusion steps, >= 1 (paper: 1000)
     schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: linear)
@@ -120,7 +122,7 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
         raise ValueError(f"schedule {kind}: must be one of linear, cosine")
     betas = F.pad(betas.clamp(max=0.999), (1, 0))  # betas[0] = 0: the clean image
     alphas = 1 - betas  # [DDPM] Sec. 2
-    alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 ... alpha_t
+    alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 * ... * alpha_t
     return Schedule(betas.float(), alphas.float(), alpha_bars.float())
 
 
@@ -144,9 +146,7 @@ def beta_tilde(t, schedule):
 
 def q_posterior(x0, xt, t, schedule):
     """q(x_{t-1} | x_t, x_0) of [DDPM] Eq. 6: mean (B, C, H, W), variance. t: 1..T."""
-    beta = schedule.betas[t].view(-1, 1, 1, 1)
-    alpha = schedule.alphas[t].view(-1, 1, 1, 1)
-    alpha_bar = schedule.alpha_bars[t].view(-1, 1, 1, 1)
+    beta, alpha, alpha_bar = (array[t].view(-1, 1, 1, 1) for array in schedule)
     alpha_bar_prev = schedule.alpha_bars[t - 1].view(-1, 1, 1, 1)
     mu_tilde = (alpha_bar_prev.sqrt() * beta / (1 - alpha_bar) * x0
                 + alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar) * xt)  # Eq. 7
@@ -157,7 +157,7 @@ def q_posterior(x0, xt, t, schedule):
 
 
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
-    """The simple objective: x0: (B, C, H, W) -> scalar. Source: [DDPM] Eq. 14.
+    """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
     The bound of Eq. 3 in the form of Eq. 12, without its weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
@@ -194,9 +194,8 @@ def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
 
 
 def mean_from_eps(xt, eps_hat, t, schedule):
-    """mu_theta(x_t, t), the mean of a reverse step, like xt. t: int in 1..T."""
-    beta, alpha = schedule.betas[t], schedule.alphas[t]
-    alpha_bar = schedule.alpha_bars[t]
+    """mu_theta(x_t, t), which is Eq. 7's mean at x_0 = x0_hat. t: int in 1..T."""
+    beta, alpha, alpha_bar = (array[t] for array in schedule)
     mean = (xt - beta / (1 - alpha_bar).sqrt() * eps_hat) / alpha.sqrt()
     return mean  # [DDPM] Eq. 11
 
@@ -208,8 +207,8 @@ def p_theta(model, xt, t, schedule, variance="beta_tilde", clip_x0=True):
     fixed point ([DDPM] Sec. 3.2).
     """
     eps_hat = predict_eps(model, xt, t, schedule.alpha_bars, clip_x0)
-    mean = mean_from_eps(xt, eps_hat, t, schedule)
-    return mean, schedule.betas[t] if variance == "beta" else beta_tilde(t, schedule)
+    sigma2 = schedule.betas[t] if variance == "beta" else beta_tilde(t, schedule)
+    return mean_from_eps(xt, eps_hat, t, schedule), sigma2
 
 
 @torch.no_grad()
@@ -335,7 +334,7 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(channels, time_dim), nn.SiLU(),
                                   nn.Linear(time_dim, time_dim))
 
-        def stage(c_in, c_out):
+        def stage(c_in, c_out, size):
             block = ResBlock(c_in, c_out, time_dim, groups, dropout)
             attends = size in attention
             attend = Attention(c_out, heads, groups) if attends else nn.Identity()
@@ -346,7 +345,7 @@ class UNet(nn.Module):
         self.down, skips = nn.ModuleList(), [c]
         for level, mult in enumerate(mults):
             for _ in range(blocks):
-                self.down.append(stage(c, channels * mult))
+                self.down.append(stage(c, channels * mult, size))
                 c = channels * mult
                 skips.append(c)
             if level < len(mults) - 1:
@@ -361,10 +360,11 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(mults))):
             for _ in range(blocks + 1):
-                self.up.append(stage(c + skips.pop(), channels * mult))
+                self.up.append(stage(c + skips.pop(), channels * mult, size))
                 c = channels * mult
             if level > 0:
-                c_up = channels * mults[level - 1] if patch > 1 else c  # cheaper
+                # a patched network narrows before it doubles the resolution: cheaper
+                c_up = channels * mults[level - 1] if patch > 1 else c
                 self.up.append(Upsample(c, c_up))
                 c, size = c_up, size * 2
         self.norm_out = nn.GroupNorm(groups, c)
@@ -430,6 +430,7 @@ def train(cfg, run, data):
     def preview(step):
         figure_preview(run, ema.model, data, schedule, step)
 
+    # run.training sets the learning rate, logs, saves, resumes: common/runs.py
     for step in run.training(cfg.steps, model, optimizer, preview, ema=ema.model):
         x0, _ = run.batch(data, cfg.batch_size, cfg.flip)  # [DDPM] Alg. 1, line 2
         loss = ddpm_loss(model, x0, schedule)  # [DDPM] Alg. 1, lines 3 to 5
@@ -444,17 +445,17 @@ def train(cfg, run, data):
 
 
 def discrete_log_likelihood(x0, mean, sigma):
-    """log of N(mean, sigma^2)'s mass in each 8-bit x0's bin, the outermost open."""
+    """log p(x_0 | x_1) of 8-bit x0, like x0: N(mean, sigma^2)'s mass in its bin."""
     upper = (x0 + 1 / 255 - mean) / sigma  # delta_+
     lower = (x0 - 1 / 255 - mean) / sigma  # delta_-
-    upper = upper.masked_fill(x0 > 0.999, torch.inf)
+    upper = upper.masked_fill(x0 > 0.999, torch.inf)  # the outermost bins are open
     lower = lower.masked_fill(x0 < -0.999, -torch.inf)
     mirror = lower > 0  # the same mass in the lower tail, where no digits are lost
     upper, lower = (torch.where(mirror, -lower, upper),
                     torch.where(mirror, -upper, lower))
     log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    share = torch.exp(log_lower - log_upper).clamp(max=1 - 1e-7)  # log1p stays finite
-    return log_upper + torch.log1p(-share)  # [DDPM] Eq. 13, in nats, like x0
+    ratio = torch.exp(log_lower - log_upper).clamp(max=1 - 1e-7)  # log1p stays finite
+    return log_upper + torch.log1p(-ratio)  # [DDPM] Eq. 13, in nats
 
 
 @torch.no_grad()
@@ -471,7 +472,7 @@ def bound_term(model, x0, t, schedule, variance="beta_tilde", clip_x0=True):
 
 
 def variational_bound(model, x0, schedule, variance="beta_tilde", clip_x0=True):
-    """The bound on -log2 p(x0) a dimension, for 8-bit x0: (B, C, H, W) in [-1, 1].
+    """The bound on -log2 p(x0) per dimension. x0: (B, C, H, W), 8-bit in [-1, 1].
 
     Returns its terms [L_0, ..., L_T], averaged over the images. Source: [DDPM] Eq. 5.
     """
@@ -521,8 +522,8 @@ def figure_loss(run, model, data, schedule):
 @torch.no_grad()
 def figure_denoising(run, model, states, alpha_bars):
     """denoising.gif: x_t on its way; denoising.png: x_t, and below it x0_hat."""
-    *states, end = states
-    frames, columns = plotting.evenly([*states, end], 33), plotting.evenly(states, 8)
+    states = list(states)
+    frames, columns = plotting.evenly(states, 33), plotting.evenly(states[:-1], 8)
     captions = [f"t = {t}" for t, _ in frames]
     plotting.gif(run.path("denoising.gif"), [xt for _, xt in frames], 3, captions)
 

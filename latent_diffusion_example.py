@@ -1,5 +1,5 @@
-"""High-Resolution Image Synthesis with Latent Diffusion Models (arXiv 2112.10752),
-by Rombach, Blattmann, Lorenz, Esser and Ommer.
+"""High-Resolution Image Synthesis with Latent Diffusion Models
+(Rombach, Blattmann, Lorenz, Esser, Ommer, arXiv 2112.10752): [LDM]
 
     python latent_diffusion_example.py              train autoencoder, then diffusion
     python latent_diffusion_example.py --vae RUN    the autoencoder of another run
@@ -10,7 +10,7 @@ option, a patch discriminator (App. G, Eq. 25); the scale of the latents (App. G
 diffusion (Sec. 3.2, Eq. 2), with the objective of [DDPM] (arXiv 2006.11239) and the
 sampler of [DDIM] (arXiv 2010.02502).
 
-Departures from the paper; `--preset paper` has all but 2 and 3:
+Departures from the paper; `--preset paper` keeps all but 2 and 3:
   1. no perceptual loss, which needs a network trained on ImageNet; the discriminator,
      with a hinge loss as in the code, is off unless `adversarial` is set;
   2. small networks, the autoencoder's on 2x2 blocks of pixels (`vae_patch`), squared
@@ -43,6 +43,8 @@ from common.runs import load_checkpoint, open_run, restore
 
 @dataclass(frozen=True)
 class Config:
+    """Every line is a flag, its comment the help text; a range in it is checked."""
+
     # autoencoder
     vae: str = ""  # run or checkpoint whose autoencoder is taken, without stage 1
     factor: Literal[2, 4, 8] = 4  # f, by which sides shrink (paper: 1 to 32)
@@ -116,7 +118,7 @@ def reparameterise(mean, logvar, eps):
 
 
 def latent_scale(mean, logvar, eps=None):
-    """1/std of *sampled* latents, one number for all channels. All (N, c, h, w).
+    """1/std of sampled latents (not of their means). mean, logvar, eps: (N, c, h, w).
 
     Diffusion sees scale * z, of unit standard deviation; decoding undoes it.
     """
@@ -159,7 +161,7 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
         raise ValueError(f"schedule {kind}: must be one of linear, cosine")
     betas = F.pad(betas.clamp(max=0.999), (1, 0))  # betas[0] = 0: the clean image
     alphas = 1 - betas  # [DDPM] Sec. 2
-    alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 ... alpha_t
+    alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 * ... * alpha_t
     return Schedule(betas.float(), alphas.float(), alpha_bars.float())
 
 
@@ -190,7 +192,7 @@ def vae_loss(x, x_hat, mean, logvar, kl_weight, reconstruction="l2"):
 
 
 def discriminator_loss(real, fake):
-    """Hinge loss of patch logits (B, 1, h, w) -> scalar, for the log of Eq. 25."""
+    """Hinge loss of patch logits (B, 1, h, w) -> scalar, in place of Eq. 25's logs."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -206,7 +208,7 @@ def adversarial_weight(loss, adversary, last_layer):
 
 
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
-    """The simple objective: x0: (B, C, H, W) -> scalar. Source: [DDPM] Eq. 14.
+    """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
     The bound of Eq. 3 in the form of Eq. 12, without its weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
@@ -223,6 +225,12 @@ def ddpm_loss(model, x0, schedule, t=None, eps=None):
 # %% 3. Sampling
 
 
+def predict_x0(xt, eps_hat, t, alpha_bars):
+    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 1..T."""
+    alpha_bar = alpha_bars[t]
+    return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()  # [DDPM] Eq. 15
+
+
 def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
     """eps_hat = eps_theta(x_t, t), like xt: (B, C, H, W). t: int in 1..T.
 
@@ -234,12 +242,6 @@ def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
         alpha_bar = alpha_bars[t]
         eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
     return eps_hat
-
-
-def predict_x0(xt, eps_hat, t, alpha_bars):
-    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 1..T."""
-    alpha_bar = alpha_bars[t]
-    return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()  # [DDPM] Eq. 15
 
 
 def ddim_timesteps(T, S, spacing="linear"):
@@ -254,16 +256,16 @@ def ddim_timesteps(T, S, spacing="linear"):
 def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None):
     """One step x_t -> x_{t_prev}. xt, eps_hat, z: (B, C, H, W), t, t_prev: int in 0..T.
 
-    z ~ N(0, I) is needed where eta > 0. Encoding steps up: there t_prev is above t.
+    z ~ N(0, I) is needed where eta > 0. In encoding t_prev is above t.
     """
     alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[t_prev]
     sigma = torch.zeros_like(alpha_bar)
-    if eta > 0:
+    if eta > 0:  # encoding, with eta = 0, steps up: its second root is not real
         sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())  # [DDIM] Eq. 16
     x0_hat = predict_x0(xt, eps_hat, t, alpha_bars)  # "predicted x_0", [DDIM] Eq. 9
-    to_xt = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
-    x_prev = alpha_bar_prev.sqrt() * x0_hat + to_xt  # "direction pointing to x_t"
+    direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
+    x_prev = alpha_bar_prev.sqrt() * x0_hat + direction  # "pointing to x_t"
     return x_prev if eta == 0 else x_prev + sigma * z  # [DDIM] Eq. 12
 
 
@@ -402,7 +404,7 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(channels, time_dim), nn.SiLU(),
                                   nn.Linear(time_dim, time_dim))
 
-        def stage(c_in, c_out):
+        def stage(c_in, c_out, size):
             block = ResBlock(c_in, c_out, time_dim, groups, dropout)
             attends = size in attention
             attend = Attention(c_out, heads, groups) if attends else nn.Identity()
@@ -413,7 +415,7 @@ class UNet(nn.Module):
         self.down, skips = nn.ModuleList(), [c]
         for level, mult in enumerate(mults):
             for _ in range(blocks):
-                self.down.append(stage(c, channels * mult))
+                self.down.append(stage(c, channels * mult, size))
                 c = channels * mult
                 skips.append(c)
             if level < len(mults) - 1:
@@ -428,10 +430,11 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(mults))):
             for _ in range(blocks + 1):
-                self.up.append(stage(c + skips.pop(), channels * mult))
+                self.up.append(stage(c + skips.pop(), channels * mult, size))
                 c = channels * mult
             if level > 0:
-                c_up = channels * mults[level - 1] if patch > 1 else c  # cheaper
+                # a patched network narrows before it doubles the resolution: cheaper
+                c_up = channels * mults[level - 1] if patch > 1 else c
                 self.up.append(Upsample(c, c_up))
                 c, size = c_up, size * 2
         self.norm_out = nn.GroupNorm(groups, c)
@@ -647,7 +650,7 @@ def train(cfg, run, data):
     Stage 2, [LDM] Eq. 2, is [DDPM] Alg. 1 on latents.
     """
     model = run.place(make_unet(cfg, latent_shape(cfg, data.shape)))
-    if cfg.vae and run.opts.resume is None:
+    if cfg.vae and run.opts.resume is None:  # a resumed run's checkpoint holds its own
         vae = load_vae(cfg, run, data.shape)
     else:
         vae = train_vae(cfg, run, data)
@@ -669,6 +672,7 @@ def train(cfg, run, data):
     def preview(step):
         figure_preview(run, ema.model, vae, data, schedule, step)
 
+    # run.training sets the learning rate, logs, saves, resumes: common/runs.py
     for step in run.training(cfg.steps, model, optimizer, preview, ema=ema.model,
                              vae=vae):
         moments, _ = run.batch(latents, cfg.batch_size)

@@ -53,6 +53,8 @@ Sampler = Literal["em", "reverse", "ancestral", "pc", "rk45", "rk4"]
 
 @dataclass(frozen=True)
 class Config:
+    """Every line is a flag, its comment the help text; a range in it is checked."""
+
     # SDE
     sde: Literal["ve", "vp", "subvp"] = "vp"  # the SDE (paper: all three)
     beta: Literal["linear", "cosine"] = "linear"  # beta(t) of vp, subvp (paper: linear)
@@ -137,7 +139,8 @@ class SDE:
 
     x: (B, ...); t: (B,) of x's dtype. A subclass gives m(t), std(t) of the kernel
     p(x_t | x_0) = N(m x_0, std^2 I), drift and diffusion, the std of the prior, and how
-    the network is asked. Sampling ends at eps, training at eps_train (App. C).
+    the network is asked. Sampling ends at the time eps, training at eps_train (App. C);
+    elsewhere eps is noise, and epsilon the corrector's step.
     """
 
     T, eps, eps_train, prior_std = 1.0, 1e-3, 1e-5, 1.0
@@ -319,7 +322,7 @@ def score_fn(model, sde, std_floor=1e-5, clip_x0=False):
         m, std = over(sde.m(t), x), over(sde.std(t), x).clamp(min=std_floor)
         eps_hat = network_eps(model, sde, x, t)
         if clip_x0:
-            x0_hat = ((x - std * eps_hat) / m).clamp(-1, 1)  # never x
+            x0_hat = ((x - std * eps_hat) / m).clamp(-1, 1)
             return (m * x0_hat - x) / std**2
         return -eps_hat / std
 
@@ -369,7 +372,7 @@ def em_step(score, sde, x, t, s):
 def reverse_diffusion_step(score, sde, x, t, s):
     """The transition x_s -> x_t, backwards: [SDE] Eq. 46; Alg. 2, 3, lines 3 to 5."""
     a, variance = transition(sde, s, t)
-    x_mean = (2 - a) * x + variance * score(x, at(t, x))
+    x_mean = (2 - a) * x + variance * score(x, at(t, x))  # x - f, f = (a - 1) x
     return x_mean + math.sqrt(variance) * torch.randn_like(x)
 
 
@@ -781,7 +784,8 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), channels * mult, attends))
                 c = channels * mult
             if level > 0:
-                c_up = channels * mults[level - 1] if patch > 1 else c  # cheaper
+                # a patched network narrows before it doubles the resolution: cheaper
+                c_up = channels * mults[level - 1] if patch > 1 else c
                 self.up.append(resampler(c, c_up, grow))
                 c, size = c_up, size * 2
         self.norm_out = nn.GroupNorm(groups, c)
@@ -899,6 +903,7 @@ def train(cfg, run, data):
     def preview(step):
         figure_preview(run, ema.model, sde, data, step)
 
+    # run.training sets the learning rate, logs, saves, resumes: common/runs.py
     for step in run.training(cfg.steps, model, optimizer, preview, ema=ema.model):
         x0, _ = run.batch(data, cfg.batch_size, cfg.flip)
         if cfg.dequantize and images:
