@@ -25,7 +25,7 @@ IMAGE_NAMES = (*OFFLINE, *DOWNLOADED, "folder:PATH")
 SERIES_NAMES = ("sines", "csv:PATH")
 
 
-@dataclass
+@dataclass(eq=False)  # two sets are the same where they are one object
 class Data:
     """A dataset split in two: images, points in the plane or series.
 

@@ -4,7 +4,9 @@ The features are those of a classifier trained here, so the distance is a Fréch
 distance in classifier features; it is not an FID, and is not comparable with one.
 """
 
+import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -192,30 +194,39 @@ def glance(samples, data, labels=None):
     return found
 
 
+@functools.lru_cache(maxsize=1)
+def reference(data):
+    """What samples are held against, computed once: a namespace of numbers."""
+    classifier, of_held_out = load_classifier(data)
+    real, held_out = (features(classifier, x) for x in (data.train, data.test))
+    distance = nearest_neighbours(data.test, data.train)[1].mean().item()
+    return SimpleNamespace(
+        classifier=classifier, real=real, accuracy=of_held_out["accuracy"],
+        frechet_distance=frechet_distance(real, held_out), nearest_rms=distance)
+
+
 def quality(samples, data, labels=None):
     """The scores of --evaluate: samples (N, C, H, W) against the training part."""
-    classifier, of_held_out = load_classifier(data)
-    p = probabilities(classifier, samples)
-    real, fake = features(classifier, data.train), features(classifier, samples)
-    held_out = features(classifier, data.test)
+    of_data = reference(data)
+    p = probabilities(of_data.classifier, samples)
+    real, fake = of_data.real, features(of_data.classifier, samples)
     precision, recall = precision_recall(real[:2000], fake)
     distance = nearest_neighbours(samples, data.train)[1].mean().item()
-    distance_of_held_out = nearest_neighbours(data.test, data.train)[1].mean().item()
     scores = {
         "n": len(samples),
         "reference": f"{data.name}, training part, n = {len(data.train)}",
         "sure": sure_share(p),
         "classes": torch.bincount(p.argmax(1), minlength=p.shape[1]).tolist(),
         "frechet_distance": frechet_distance(real, fake),
-        "frechet_distance_of_held_out": frechet_distance(real, held_out),
+        "frechet_distance_of_held_out": of_data.frechet_distance,
         "inception_score": inception_score(p),
         "precision": precision,
         "recall": recall,
         "nearest_train_rms": distance,
-        "nearest_train_rms_of_held_out": distance_of_held_out}
+        "nearest_train_rms_of_held_out": of_data.nearest_rms}
     if labels is not None:
         scores |= {"accuracy": agreement(p, labels),
-                   "accuracy_of_held_out": of_held_out["accuracy"]}
+                   "accuracy_of_held_out": of_data.accuracy}
     return scores | inception_v3_scores(samples, data)
 
 

@@ -220,6 +220,7 @@ def test_pictures_are_mirrored_left_to_right(module, tmp_path, monkeypatch):
     assert min(mirrored) > 0.25 * sum(mirrored)
 
 
+@pytest.mark.slow
 @every_script
 def test_previews_leave_the_training_alone(module, tmp_path):
     _, run, often = trained(module, tmp_path / "a", "--preview_every", "1")
@@ -229,6 +230,7 @@ def test_previews_leave_the_training_alone(module, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @every_script
 def test_gradient_checkpointing_trains_the_same(module, tmp_path):
     argv = ("--dropout", "0.2", "--steps", "3")
@@ -281,6 +283,7 @@ def test_sample_draws_by_the_average_in_eval_mode(module, smoke_runs, tmp_path, 
     assert n == 3
 
 
+@pytest.mark.slow
 @every_script
 def test_a_fresh_run_draws_by_what_it_trained(module, tmp_path, monkeypatch):
     network, _, _ = drawn(module, monkeypatch, "--preset", "smoke", "--steps", "2", "--out", tmp_path)
@@ -357,6 +360,7 @@ def test_temperature_scales_the_starting_noise(smoke_runs, tmp_path, monkeypatch
     assert abs(xT.std() - 0.5) < 0.03
 
 
+@pytest.mark.slow
 @every_script
 def test_main_measures_the_samples_it_drew(module, smoke_runs, tmp_path, monkeypatch):
     """metrics.json and samples.png are of the drawn samples; --evaluate draws as many as it says."""

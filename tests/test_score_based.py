@@ -1422,7 +1422,7 @@ def test_bad_input_ends_with_one_line(argv, message, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sde", ["vp", "ve", "subvp"])
-def test_smoke_run_on_images(sde, tmp_path):
+def test_smoke_run_on_images(sde, tmp_path, capsys):
     result = run_script("score_based_diffusion_example.py", "--preset", "smoke", "--sde", sde,
                         "--out", "out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -1436,35 +1436,30 @@ def test_smoke_run_on_images(sde, tmp_path):
     if sde != "ve":
         return
     # sampling takes the SDE and its constants from the checkpoint and from nowhere else
-    again = run_script("score_based_diffusion_example.py", "--sample", run, "--sampler", "em",
-                       "--out", "again", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr[-2000:]
-    other = run_script("score_based_diffusion_example.py", "--sample", run, "--sigma_max", "5",
-                       "--out", "no", cwd=tmp_path)
-    assert other.returncode == 2 and "--sigma_max 5.0" in other.stderr
-    assert other.stderr.strip().count("\n") == 0 and not (tmp_path / "no").exists()
+    sb.main(["--sample", str(run), "--sampler", "em", "--out", str(tmp_path / "again")])
+    with pytest.raises(SystemExit) as stop:
+        sb.main(["--sample", str(run), "--sigma_max", "5", "--out", str(tmp_path / "no")])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "--sigma_max 5.0" in error and not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow
 def test_smoke_run_on_points(tmp_path):
-    for name in ("swiss_roll", "two_moons", "gaussians"):
-        result = run_script("score_based_diffusion_example.py", "--preset", "smoke", "--dataset", name,
-                            "--out", name, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr[-2000:]
-        run = only_run(tmp_path / name, "score_based")
-        for picture in ("sdes.png", "loss.png", "samples.png", "scores.png", "paths.png",
-                        "density.png", "denoising.gif"):
-            open_picture(run / picture)
-        found = json.loads((run / "metrics.json").read_text())
-        assert found["samples"]["energy_distance"] > 0 and math.isfinite(found["likelihood"]["nats"])
+    sb.main(["--preset", "smoke", "--dataset", "two_moons", "--device", "cpu", "--out", str(tmp_path)])
+    run = only_run(tmp_path, "score_based")
+    for picture in ("sdes.png", "loss.png", "samples.png", "scores.png", "paths.png", "density.png",
+                    "denoising.gif"):
+        open_picture(run / picture)
+    found = json.loads((run / "metrics.json").read_text())
+    assert found["samples"]["energy_distance"] > 0 and math.isfinite(found["likelihood"]["nats"])
 
 
 @pytest.mark.slow
 def test_resumed_run_ends_with_the_same_bytes(tmp_path):
     how = ("--preset", "smoke", "--device", "cpu", "--dataset", "swiss_roll", "--sde", "ve")
-    whole = run_script("score_based_diffusion_example.py", *how, "--out", "a", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    run = only_run(tmp_path / "a", "score_based")
+    cfg, run, data = opened(tmp_path / "a", *how)
+    sb.train(cfg, run, data)
+    run = run.folder
     stop_at_three(tmp_path / "b", *how)
     half = only_run(tmp_path / "b", "score_based")
     assert torch.load(half / "checkpoint.pt", weights_only=True)["step"] == 3
