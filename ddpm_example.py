@@ -44,7 +44,7 @@ class Config:
     beta_1: float = 1e-4  # first variance, linear schedule, in (0, 1) (paper: 1e-4)
     beta_T: float = 0.02  # last variance, linear schedule, in (0, 1) (paper: 0.02)
     # sampling
-    variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # of a step (paper: either)
+    variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # sigma_t^2 (paper: either)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: yes)
     n_samples: int = 64  # pictures drawn at the end, >= 1
     # data
