@@ -792,23 +792,23 @@ def train_classifier(cfg, run, data, schedule):
 # %% 7. Figures and main
 
 
-def figure_grid(run, cfg, model, data, schedule, classes, how):
+def figure_grid(run, cfg, model, data, schedule, classes, settings):
     """grid.png: one noise and class a column, one guidance weight a row."""
     weights = cfg.w if cfg.guidance != "none" else (0.0,)
     xT = torch.randn(len(classes), *data.shape, device=run.device)
     y = torch.tensor(classes, device=run.device)
-    rows = [sample(model, xT.shape, schedule, y, w, xT=xT, **how) for w in weights]
+    rows = [sample(model, xT.shape, schedule, y, w, xT=xT, **settings) for w in weights]
     plotting.table(run.path("grid.png"), rows, "One noise and one class a column",
                    [spell(cfg, w) for w in weights], [data.classes[c] for c in classes])
 
 
-def figure_same_noise(run, cfg, model, data, schedule, how):
+def figure_same_noise(run, cfg, model, data, schedule, settings):
     """same_noise.png: one noise a row, one class a column."""
     y = torch.arange(min(10, len(data.classes)), device=run.device)
     w, rows = min(1.0, cfg.w_samples), []
     for _ in range(5):
         xT = torch.randn(1, *data.shape, device=run.device).expand(len(y), *data.shape)
-        rows.append(sample(model, xT.shape, schedule, y, w, xT=xT, **how))
+        rows.append(sample(model, xT.shape, schedule, y, w, xT=xT, **settings))
     plotting.table(run.path("same_noise.png"), rows,
                    f"One noise a row, one class a column ({spell(cfg, w)})",
                    [f"noise {i + 1}" for i in range(5)], [data.classes[c] for c in y])
@@ -854,12 +854,12 @@ def figure_denoising(run, states, n):
                  [f"t = {t}" for t, _ in frames])
 
 
-def figure_guidance(run, cfg, model, data, schedule, classifier, how):
+def figure_guidance(run, cfg, model, data, schedule, classifier, settings):
     """guidance.png: accuracy, Fréchet distance and recall against w, both guidances."""
     n, weights = run.opts.evaluate, sorted({*cfg.w, -1.0, 0.0, cfg.w_samples})
     y, scores = torch.arange(n, device=run.device) % len(data.classes), {}
     for guidance in ("classifier_free", "classifier"):
-        changed = how | {"guidance": guidance, "classifier": classifier}
+        changed = settings | {"guidance": guidance, "classifier": classifier}
         for w in weights:
             def states(batch, w=w, changed=changed):
                 xT = torch.randn(len(batch), *data.shape, device=run.device)
@@ -963,15 +963,16 @@ def main(argv=None):
     if not run.main:
         return
 
-    y = torch.tensor(classes, device=run.device).repeat(cfg.n_samples)  # n are used
-    how = {name: getattr(cfg, name) for name in (
+    longest = max(cfg.n_samples, run.opts.evaluate or 0)
+    y = torch.tensor(classes, device=run.device).repeat(longest)  # the first n are used
+    settings = {name: getattr(cfg, name) for name in (
         "guidance", "sampler", "S", "eta", "spacing", "variance", "clip_x0")}
-    how["classifier"] = classifier
+    settings["classifier"] = classifier
 
     def states(batch):
         xT = torch.randn(len(batch), *data.shape, device=run.device)
         asked = y[batch.start:batch.stop]
-        return guided_process(model, xT, schedule, asked, cfg.w_samples, **how)
+        return guided_process(model, xT, schedule, asked, cfg.w_samples, **settings)
 
     n, steps = cfg.n_samples, cfg.S if cfg.sampler == "ddim" else cfg.T
     samples, timing = run.draw(n, states, model, steps)
@@ -980,15 +981,15 @@ def main(argv=None):
         plotting.loss_curve(run.read_log(), "training loss, labels dropped at random")])
     plotting.neighbours(run.path("neighbours.png"), samples, data)
     figure_samples(run, cfg, samples, y[:n], data)
-    figure_grid(run, cfg, model, data, schedule, classes, how)
-    figure_same_noise(run, cfg, model, data, schedule, how)
+    figure_grid(run, cfg, model, data, schedule, classes, settings)
+    figure_same_noise(run, cfg, model, data, schedule, settings)
     figure_denoising(run, states(range(min(10, n))), min(10, n))
     if classifier:
         run.add_metrics(noisy_classifier_accuracy_by_t=classifier_accuracy(
             classifier, data, schedule))
     run.evaluate(states, model, steps, data, y[:run.opts.evaluate])
     if run.opts.evaluate:
-        figure_guidance(run, cfg, model, data, schedule, classifier, how)
+        figure_guidance(run, cfg, model, data, schedule, classifier, settings)
     run.finish()
 
 

@@ -220,7 +220,7 @@ def loss_curve(log, title, column="loss"):
     if not log:
         return None
     mean = smooth(log[column], 100)
-    return {"lines": {"each step": (log["step"], log[column], "C0"),
+    return {"lines": {"each step": (log["step"], log[column], "0.75"),
                       "mean of 100": (log["step"], mean, "C1")},
             "xlabel": "step", "yscale": "log", "title": title}
 

@@ -383,6 +383,17 @@ def test_main_measures_the_samples_it_drew(module, smoke_runs, tmp_path, monkeyp
         assert all(y.tolist() == [i % 10 for i in range(12)] for _, y in scored)
 
 
+@pytest.mark.slow
+def test_one_class_may_be_drawn_and_scored_more_often_than_drawn(smoke_runs, tmp_path, monkeypatch):
+    scored = []
+    monkeypatch.setattr(metrics, "quality", lambda x, data, labels=None: scored.append(labels) or {
+        "frechet_distance": 1.0, "frechet_distance_of_held_out": 1.0, "accuracy": 0.5,
+        "accuracy_of_held_out": 1.0, "recall": 0.5})
+    conditional.main(["--sample", str(smoke_runs[conditional]), "--classes", "3", "--n_samples", "2",
+                      "--evaluate", "12", "--classifier_steps", "2", "--out", str(tmp_path)])
+    assert scored[0].tolist() == [3] * 12
+
+
 # The networks
 
 
