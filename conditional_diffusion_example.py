@@ -195,7 +195,7 @@ def drop_labels(y, p_uncond, null):
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
     """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
-    The bound of Eq. 3 in the form of Eq. 12, without its weight
+    The bound of [DDPM] Eq. 3 in the form of Eq. 12, without its weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
     the bound. t: (B,) int64 in 1..T and eps, like x0, are drawn unless they are given.
     """
@@ -329,7 +329,7 @@ def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
 
 
 def mean_from_eps(xt, eps_hat, t, schedule):
-    """mu_theta(x_t, t), which is Eq. 7's mean at x_0 = x0_hat. t: int in 1..T."""
+    """mu_theta(x_t, t), the mean of [DDPM] Eq. 7 at x0_hat, from eps_hat. t: int."""
     beta, alpha, alpha_bar = (array[t] for array in schedule)
     mean = (xt - beta / (1 - alpha_bar).sqrt() * eps_hat) / alpha.sqrt()
     return mean  # [DDPM] Eq. 11
@@ -943,6 +943,19 @@ def asked_classes(cfg, data, evaluates):
     return cfg.classes or tuple(range(len(data.classes)))
 
 
+def show(run, cfg, model, data, schedule, classes, settings, samples, y):
+    """The figures of a run: samples of the labels y, and what they depend on."""
+    plotting.curves(run.path("loss.png"), [
+        plotting.loss_curve(run.read_log(), "training loss, labels dropped at random")])
+    plotting.neighbours(run.path("neighbours.png"), samples, data)
+    figure_samples(run, cfg, samples, y, data)
+    figure_grid(run, cfg, model, data, schedule, classes, settings)
+    figure_same_noise(run, cfg, model, data, schedule, settings)
+    if classifier := settings["classifier"]:
+        run.add_metrics(noisy_classifier_accuracy_by_t=classifier_accuracy(
+            classifier, data, schedule))
+
+
 @command_line
 def main(argv=None):
     """Train, or load what was trained; draw; measure."""
@@ -977,16 +990,8 @@ def main(argv=None):
     n, steps = cfg.n_samples, cfg.S if cfg.sampler == "ddim" else cfg.T
     samples, timing = run.draw(n, states, model, steps)
     run.add_metrics(sampling=timing, samples=metrics.glance(samples, data, y[:n]))
-    plotting.curves(run.path("loss.png"), [
-        plotting.loss_curve(run.read_log(), "training loss, labels dropped at random")])
-    plotting.neighbours(run.path("neighbours.png"), samples, data)
-    figure_samples(run, cfg, samples, y[:n], data)
-    figure_grid(run, cfg, model, data, schedule, classes, settings)
-    figure_same_noise(run, cfg, model, data, schedule, settings)
+    show(run, cfg, model, data, schedule, classes, settings, samples, y[:n])
     figure_denoising(run, states(range(min(10, n))), min(10, n))
-    if classifier:
-        run.add_metrics(noisy_classifier_accuracy_by_t=classifier_accuracy(
-            classifier, data, schedule))
     run.evaluate(states, model, steps, data, y[:run.opts.evaluate])
     if run.opts.evaluate:
         figure_guidance(run, cfg, model, data, schedule, classifier, settings)

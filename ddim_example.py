@@ -49,7 +49,7 @@ class Config:
     S: int = 50  # sampling steps, >= 1 and at most T (paper: 10 to 1000)
     eta: float = 0.0  # 0: deterministic, 1: as noisy as DDPM, in [0, 1] (paper: 0 to 1)
     spacing: Literal["linear", "quadratic"] = "linear"  # of the steps (paper: both)
-    sigma_hat: bool = False  # with eta 1: the larger noise of Sec. 5 (paper: Table 1)
+    sigma_hat: bool = False  # with eta 1: the larger noise, Sec. 5 (paper: Table 1)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: no)
     n_samples: int = 64  # pictures drawn at the end, >= 1
     # data
@@ -143,7 +143,7 @@ def q_sample(x0, t, eps, alpha_bars):
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
     """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
-    The bound of Eq. 3 in the form of Eq. 12, without its weight
+    The bound of [DDPM] Eq. 3 in the form of Eq. 12, without its weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
     the bound. t: (B,) int64 in 1..T and eps, like x0, are drawn unless they are given.
     """
@@ -206,7 +206,7 @@ def sigma_hat_step(xt, eps_hat, t, t_prev, alpha_bars, eta, z):
     """ddim_step at eta = 1 with the larger noise sigma_hat. [DDIM] Sec. 5, App. D.3."""
     mean = ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=1.0, z=0.0)
     sigma_hat = (1 - alpha_bars[t] / alpha_bars[t_prev]).sqrt()
-    return mean + sigma_hat * z if t_prev > 0 else mean  # a clean end, as in Alg. 2
+    return mean + sigma_hat * z if t_prev > 0 else mean  # a clean end: [DDPM] Alg. 2
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ def q_posterior(x0, xt, t, schedule):
     beta, alpha, alpha_bar = (array[t].view(-1, 1, 1, 1) for array in schedule)
     alpha_bar_prev = schedule.alpha_bars[t - 1].view(-1, 1, 1, 1)
     mu_tilde = (alpha_bar_prev.sqrt() * beta / (1 - alpha_bar) * x0
-                + alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar) * xt)  # Eq. 7
+                + alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar) * xt)
     return mu_tilde, beta_tilde(t, schedule).view(-1, 1, 1, 1)
 
 
@@ -159,7 +159,7 @@ def q_posterior(x0, xt, t, schedule):
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
     """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
-    The bound of Eq. 3 in the form of Eq. 12, without its weight
+    The bound of [DDPM] Eq. 3 in the form of Eq. 12, without its weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
     the bound. t: (B,) int64 in 1..T and eps, like x0, are drawn unless they are given.
     """
@@ -194,7 +194,7 @@ def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
 
 
 def mean_from_eps(xt, eps_hat, t, schedule):
-    """mu_theta(x_t, t), which is Eq. 7's mean at x_0 = x0_hat. t: int in 1..T."""
+    """mu_theta(x_t, t), the mean of [DDPM] Eq. 7 at x0_hat, from eps_hat. t: int."""
     beta, alpha, alpha_bar = (array[t] for array in schedule)
     mean = (xt - beta / (1 - alpha_bar).sqrt() * eps_hat) / alpha.sqrt()
     return mean  # [DDPM] Eq. 11
@@ -467,7 +467,7 @@ def bound_term(model, x0, t, schedule, variance="beta_tilde", clip_x0=True):
         return -discrete_log_likelihood(x0, mean, schedule.betas[1].sqrt())
     mean_q, variance_q = q_posterior(x0, xt, t, schedule)
     ratio = variance_q / sigma2
-    constant = 0.5 * (ratio - 1 - ratio.log())  # C of Eq. 8
+    constant = 0.5 * (ratio - 1 - ratio.log())  # C of [DDPM] Eq. 8
     return (mean_q - mean) ** 2 / (2 * sigma2) + constant  # [DDPM] Eq. 8
 
 

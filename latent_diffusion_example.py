@@ -192,7 +192,7 @@ def vae_loss(x, x_hat, mean, logvar, kl_weight, reconstruction="l2"):
 
 
 def discriminator_loss(real, fake):
-    """Hinge loss of patch logits (B, 1, h, w) -> scalar, in place of Eq. 25's logs."""
+    """Hinge loss of patch logits (B, 1, h, w) -> scalar, for [LDM] Eq. 25's logs."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -210,7 +210,7 @@ def adversarial_weight(loss, adversary, last_layer):
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
     """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
-    The bound of Eq. 3 in the form of Eq. 12, without its weight
+    The bound of [DDPM] Eq. 3 in the form of Eq. 12, without its weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
     the bound. t: (B,) int64 in 1..T and eps, like x0, are drawn unless they are given.
     """

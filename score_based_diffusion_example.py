@@ -139,8 +139,8 @@ class SDE:
 
     x: (B, ...); t: (B,) of x's dtype. A subclass gives m(t), std(t) of the kernel
     p(x_t | x_0) = N(m x_0, std^2 I), drift and diffusion, the std of the prior, and how
-    the network is asked. Sampling ends at the time eps, training at eps_train (App. C);
-    elsewhere eps is noise, and epsilon the corrector's step.
+    the network is asked. Sampling ends at the time eps, training at eps_train ([SDE]
+    App. C); elsewhere eps is noise, and epsilon the corrector's step.
     """
 
     T, eps, eps_train, prior_std = 1.0, 1e-3, 1e-5, 1.0
@@ -213,7 +213,7 @@ class VESDE(SDE):
 class VPSDE(SDE):
     """Variance preserving, the limit of DDPM (Eq. 10): [SDE] Eq. 11, variance Eq. 26.
 
-    kind "linear": beta(t) from beta_min to beta_max (App. C). kind "cosine": that of
+    kind "linear": beta(t) from beta_min to beta_max ([SDE] C). kind "cosine": that of
     the cosine schedule (arXiv 2102.09672, Eq. 17), capped where it runs to infinity.
     """
 
@@ -284,7 +284,7 @@ def transition(sde, s, t):
     """(a, variance) of x_t = a x_s + sqrt(variance) z, floats, s < t.
 
     VE: a = 1, variance sigma_t^2 - sigma_s^2 ([SDE] Eq. 8). VP: a = sqrt(1 - beta_i),
-    variance beta_i (Eq. 10).
+    variance beta_i ([SDE] Eq. 10).
     """
     s, t = (torch.tensor(u, dtype=torch.float64) for u in (s, t))
     a = sde.m(t) / sde.m(s)
@@ -357,7 +357,7 @@ def at(t, x):
 
 
 def tweedie(score, sde, x, t):
-    """E[x_0 | x_t = x], the noise-free end of a sample (App. G). t: float -> like x."""
+    """E[x_0 | x_t = x], noise-free ([SDE] App. G). t: float -> like x."""
     t = at(t, x)
     return (x + over(sde.std(t), x) ** 2 * score(x, t)) / over(sde.m(t), x)
 
@@ -384,11 +384,11 @@ def ancestral_step(score, sde, x, t, s):
 
 
 def langevin_step(score, x, t, alpha, snr):
-    """One corrector step at t. alpha: 1 (VE), or the step's 1 - beta. Alg. 4, 5."""
+    """One corrector step at t. alpha: 1 (VE), or 1 - beta. [SDE] Alg. 4, 5."""
     z = torch.randn_like(x)  # line 4
     g = score(x, at(t, x))  # line 5
-    z_norm, g_norm = (u.flatten(1).norm(dim=1).mean() for u in (z, g))  # App. G
-    epsilon = 2 * alpha * (snr * z_norm / g_norm) ** 2  # line 6
+    z_norm, g_norm = (u.flatten(1).norm(dim=1).mean() for u in (z, g))
+    epsilon = 2 * alpha * (snr * z_norm / g_norm) ** 2  # line 6, App. G
     return x + epsilon * g + (2 * epsilon).sqrt() * z  # line 7
 
 
@@ -527,8 +527,8 @@ def log_likelihood(score, sde, x, trace="exact", probe="rademacher", tolerance=1
                    eps=1e-5, prior_logp=None):
     """log p_eps(x) in nats: (B, ...) -> (B,). Source: [SDE] Eq. 39, Sec. 4.3, App. D.2.
 
-    trace: "exact" (one backward pass a dimension: for points) or "hutchinson" (Eq. 40:
-    one, with a rademacher or gaussian probe, the same along the whole trajectory).
+    trace: "exact", for points (one backward pass a dimension), or "hutchinson" ([SDE]
+    Eq. 40: one, with a rademacher or gaussian probe, the same along the trajectory).
     prior_logp: log p_T where it is known better than sde.prior_logp.
     """
     x = x.detach()
@@ -1149,6 +1149,31 @@ def check_data(run, cfg, sde, data):
                          "this size must be 8-bit images or points")
 
 
+def show_points(run, cfg, score, sde, data, samples):
+    """The figures and numbers of points in the plane."""
+    figure_fields(run, score, sde, data)
+    figure_paths(run, score, sde, data)
+    figure_density(run, cfg, score, sde, data)
+    measure_points(run, cfg, score, sde, data, samples)
+
+
+def show_images(run, cfg, model, score, sde, data, samples, states):
+    """The figures and numbers of images."""
+    run.add_metrics(samples=metrics.glance(samples, data))
+    plotting.neighbours(run.path("neighbours.png"), samples, data)
+    figure_denoising(run, score, sde, states(range(8)))
+    figure_samplers(run, cfg, model, score, sde, data.shape)
+    figure_guardrails(run, cfg, model, sde, data.shape)
+    figure_codes(run, cfg, score, sde, data)
+    measure_bits(run, cfg, model, sde, data)
+    run.evaluate(states, model, cfg.N, data)
+    if run.opts.evaluate:  # every sampler, in about 200 network calls
+        by_name = {name: partial(states, cfg=replace(cfg, sampler=name), calls=200)
+                   for name in sde.samplers}
+        run.add_metrics(evaluation_of_samplers={
+            name: run.quality(by_name[name], model, 200, data) for name in by_name})
+
+
 @command_line
 def main(argv=None):
     """Train, or load what was trained; draw; measure."""
@@ -1176,24 +1201,9 @@ def main(argv=None):
     figure_sdes(run, cfg)
     figure_loss(run, model, sde, data)
     if points:
-        figure_fields(run, score, sde, data)
-        figure_paths(run, score, sde, data)
-        figure_density(run, cfg, score, sde, data)
-        measure_points(run, cfg, score, sde, data, samples)
+        show_points(run, cfg, score, sde, data, samples)
     else:
-        run.add_metrics(samples=metrics.glance(samples, data))
-        plotting.neighbours(run.path("neighbours.png"), samples, data)
-        figure_denoising(run, score, sde, states(range(8)))
-        figure_samplers(run, cfg, model, score, sde, data.shape)
-        figure_guardrails(run, cfg, model, sde, data.shape)
-        figure_codes(run, cfg, score, sde, data)
-        measure_bits(run, cfg, model, sde, data)
-        run.evaluate(states, model, cfg.N, data)
-    if run.opts.evaluate:  # every sampler, in about 200 network calls
-        by_name = {name: partial(states, cfg=replace(cfg, sampler=name), calls=200)
-                   for name in sde.samplers}
-        run.add_metrics(evaluation_of_samplers={
-            name: run.quality(by_name[name], model, 200, data) for name in by_name})
+        show_images(run, cfg, model, score, sde, data, samples, states)
     run.finish()
 
 
