@@ -1,7 +1,6 @@
 """Conditional diffusion: guidance against closed forms, the networks, the command line."""
 
 import csv
-import inspect
 import json
 import math
 from itertools import groupby
@@ -16,6 +15,7 @@ from conftest import (
     open_picture,
     open_run,
     run_script,
+    spied,
 )
 from torch.distributions import MultivariateNormal
 from torch.nn import functional as F
@@ -624,20 +624,6 @@ def test_the_noisy_classifier_sees_t_and_the_picture():
 
 
 # The loops: what the networks are given
-
-
-def spied(monkeypatch, owner, name, look):
-    """Replace owner.name by itself with a witness: look(arguments by name, result)."""
-    true = getattr(owner, name)
-
-    def watched(*args, **kwargs):
-        bound = inspect.signature(true).bind(*args, **kwargs)
-        bound.apply_defaults()
-        out = true(*args, **kwargs)
-        look(bound.arguments, out)
-        return out
-
-    monkeypatch.setattr(owner, name, watched)
 
 
 @pytest.fixture(scope="module")

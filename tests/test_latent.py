@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ExactEps, only_run, open_picture, run_script
+from conftest import ExactEps, only_run, open_picture, run_script, spied
 from torch import distributions
 from torch.testing import assert_close
 
@@ -45,20 +45,6 @@ def trained(tmp_path_factory, pictures):
     """A run of both stages: (folder, U-Net, VAE)."""
     cfg, run = open_run(tmp_path_factory.mktemp("trained"))
     return run.folder, *latent.train(cfg, run, pictures)
-
-
-def spied(monkeypatch, owner, name, look):
-    """Replace owner.name by itself with a witness: look(arguments by name, result)."""
-    true = getattr(owner, name)
-
-    def watched(*args, **kwargs):
-        bound = inspect.signature(true).bind(*args, **kwargs)
-        bound.apply_defaults()
-        out = true(*args, **kwargs)
-        look(bound.arguments, out)
-        return out
-
-    monkeypatch.setattr(owner, name, watched)
 
 
 def stop_after(run, name, step):
