@@ -38,6 +38,7 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     return said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv, words", [
     (["--no_such_flag", "1"], ["--no_such_flag", "no such flag"]),
     (["--chanels", "8"], ["--chanels: no such flag", "--channels"]),
@@ -160,6 +161,7 @@ KINDS = ["empty", "truncated", "last byte missing", "text", "bytes", "zip", "pic
          "other script"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["--sample", "--resume"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_foreign_checkpoints(kind, how, capsys, tmp_path, trained):
@@ -184,6 +186,7 @@ def change(trained, tmp_path, **values):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values, word", [
     ({"colour": "blue"}, "colour"), ({"T": "ten"}, "T"), ({"T": 0}, "--T 0"),
     ({"channels": 16}, "weights"), ({"mults": [1, 1]}, "weights"), ({"heads": 3}, "--heads 3")])

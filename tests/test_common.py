@@ -657,6 +657,7 @@ class Ruled:
     words: tuple[Literal["a", "b"], ...] = ("a",)  # some of them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, rule, good, bad", [
     ("whole", ">= 1", [1, 2], [0, -1]),
     ("positive", "> 0", [0.1, 1e9], [0.0, -1.0, math.nan, math.inf, -math.inf]),
@@ -836,6 +837,7 @@ def drawn_from(tmp_path_factory):
     return run.folder
 
 
+@pytest.mark.slow
 def test_sampling_fields_come_from_the_script_and_all_others_from_the_checkpoint(drawn_from, tmp_path):
     assert torch.load(drawn_from / "checkpoint.pt")["config"]["n_samples"] == 77
     cfg, run = open_toy(tmp_path, "--sample", drawn_from)
@@ -1109,6 +1111,7 @@ def test_the_mean_loss_of_the_end_is_of_its_last_500_steps(tmp_path):
     assert_close(run.read_metrics()["loss_of_last_500"], sum(losses[10:]) / 500)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
 def test_training_resumes_to_the_same_bytes(stop_at, tmp_path):
     _, whole = open_toy(tmp_path / "whole", "--preview_every", 2, "--seed", 7)

@@ -146,6 +146,7 @@ def test_labels_are_dropped_one_by_one_at_the_right_rate():
     assert torch.equal(y, torch.arange(10).repeat(4000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("w", [-1.0, 0.0, 1.0, 3.5])
 def test_both_guidances_are_the_tempered_score_at_every_t(exact, schedule, w):
     t = torch.arange(1, 1001)
@@ -173,6 +174,7 @@ def short():
     return schedule, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", ["classifier_free", "classifier", "none"])
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
 def test_at_w_0_samples_follow_the_class(short, guidance, sampler):
@@ -187,6 +189,7 @@ def test_at_w_0_samples_follow_the_class(short, guidance, sampler):
         assert_close(cov, exact.covs[k], rtol=0.15, atol=0.006)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", ["classifier_free", "classifier"])
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
 def test_at_w_minus_1_samples_follow_the_whole_mixture(short, guidance, sampler):
@@ -576,6 +579,7 @@ def overfit(model, lr, steps=150):
     return loss.item()
 
 
+@pytest.mark.slow
 def test_the_unet_overfits_one_batch():
     assert overfit(unet(channels=16), 3e-3) < 0.1
 
@@ -863,6 +867,7 @@ def test_the_flags_of_ddim_reach_the_sampler(drawing, trained):
     assert not torch.equal(noises[4], noises[5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 def test_the_flags_of_the_ancestral_sampler_reach_it(variance, drawing):
     _, calls, folder = drawing("--sampler", "ancestral", "--variance", variance, "--n_samples", 4,
@@ -874,6 +879,7 @@ def test_the_flags_of_the_ancestral_sampler_reach_it(variance, drawing):
     assert found["sampling"]["network_calls"] == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
 def test_the_flags_of_classifier_guidance_reach_it(sampler, drawing):
     """The scale is s = 1 + w, the classifier the one that was trained."""
@@ -902,6 +908,7 @@ def test_without_guidance_the_labels_alone_are_used(drawing):
 # Resume
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["unet", "dit"])
 @pytest.mark.parametrize("stop", [2, 3, 6])
 def test_a_resumed_run_ends_with_the_same_bytes(stop, backbone, tmp_path, coded):
@@ -928,6 +935,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(stop, backbone, tmp_path, coded)
 # The command line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv, words", [
     (["--classes", "3", "10"], ["--classes 10", "[0, 9]"]),
     (["--classes", "-1"], ["--classes -1", ">= 0"]),

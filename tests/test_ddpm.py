@@ -213,6 +213,7 @@ def test_discrete_decoder_is_finite_far_away():
     assert torch.isfinite(found).all() and (found < -1000).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 @pytest.mark.parametrize("T", [1000, 20])
 def test_variational_bound_against_its_closed_form(variance, T):
@@ -262,6 +263,7 @@ def test_variational_bound_against_its_closed_form(variance, T):
     assert_close(bound[T], prior, rtol=0.05, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 def test_variational_bound_sums_every_term_and_bounds_the_entropy(variance):
     """No model codes N(0, s^2) in bins of 2/255 in fewer bits than its entropy; many steps come
@@ -344,6 +346,7 @@ def test_each_variance_is_exact_for_the_data_of_section_3_2():
         assert_close(states[t].var(), 1 - schedule.alpha_bars[t], rtol=0.03, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampling_with_the_exact_eps_gives_mean_and_covariance(variance, kind):
@@ -355,6 +358,7 @@ def test_sampling_with_the_exact_eps_gives_mean_and_covariance(variance, kind):
     assert_close(cov, exact.moments()[1], rtol=0, atol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 def test_sampling_with_the_exact_eps_gives_the_modes_their_weights(variance):
     schedule = ddpm.make_schedule("linear", 300)

@@ -77,6 +77,7 @@ def of_last_loop(seen):
     return [record for record in seen if record["optimizer"] is seen[-1]["optimizer"]]
 
 
+@pytest.mark.slow
 @every_script
 @pytest.mark.parametrize("decay", ["cosine", "constant"])
 def test_the_learning_rate_reaches_the_optimiser(module, decay, tmp_path, steps):
@@ -94,6 +95,7 @@ def test_the_learning_rate_reaches_the_optimiser(module, decay, tmp_path, steps)
     assert run.read_log()["lr"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @every_script
 def test_gradients_are_clipped(module, tmp_path, steps):
     cfg, run, _ = trained(module, tmp_path, "--grad_clip", "0.01")
@@ -103,6 +105,7 @@ def test_gradients_are_clipped(module, tmp_path, steps):
     assert min(run.read_log()["grad_norm"]) > 0.02  # what is logged is the norm before
 
 
+@pytest.mark.slow
 @every_script
 def test_the_gradient_is_that_of_this_batch_alone(module, tmp_path, steps, monkeypatch):
     """No gradient of an earlier step is left, and none is missing."""
@@ -125,6 +128,7 @@ def test_the_gradient_is_that_of_this_batch_alone(module, tmp_path, steps, monke
             assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @every_script
 def test_what_is_returned_is_the_average_of_the_weights(module, tmp_path, steps):
     cfg, run, model = trained(module, tmp_path, "--lr", "0.01", "--ema", "0.6")
@@ -148,6 +152,7 @@ def test_what_is_returned_is_the_average_of_the_weights(module, tmp_path, steps)
         raise AssertionError("the weights themselves are not in the checkpoint")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [ddpm, ddim, latent, conditional], ids=script_name)
 def test_training_draws_every_t_from_1_to_T(module, tmp_path, monkeypatch):
     seen, true = [], module.q_sample
@@ -194,6 +199,7 @@ def pictures_of(module, monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @every_script
 def test_training_sees_the_training_pictures_and_no_other(module, tmp_path, monkeypatch):
     seen, data = pictures_of(module, monkeypatch), toy()
@@ -206,6 +212,7 @@ def test_training_sees_the_training_pictures_and_no_other(module, tmp_path, monk
     assert torch.unique(torch.cat(seen).flatten(1), dim=0).shape[0] > 8  # not one alone
 
 
+@pytest.mark.slow
 @every_script
 def test_pictures_are_mirrored_left_to_right(module, tmp_path, monkeypatch):
     seen, data = pictures_of(module, monkeypatch), toy()
@@ -271,6 +278,7 @@ def smoke_runs(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 @every_script
 def test_sample_draws_by_the_average_in_eval_mode(module, smoke_runs, tmp_path, monkeypatch):
     state = torch.load(smoke_runs[module] / "checkpoint.pt", weights_only=True)
@@ -320,6 +328,7 @@ FLAGS = [  # script, flags, the generator that must see them, what it must see
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module, flags, generator, wanted", FLAGS, ids=lambda v: (
     script_name(v) if v in MODULES else " ".join(map(str, v)) if isinstance(v, list) else ""))
 def test_every_sampling_flag_reaches_the_sampler(module, flags, generator, wanted, smoke_runs,
@@ -341,6 +350,7 @@ def test_every_sampling_flag_reaches_the_sampler(module, flags, generator, wante
         assert getattr(found, "__name__", found) == value, (name, found)
 
 
+@pytest.mark.slow
 @every_script
 def test_states_start_from_noise_and_end_with_samples(module, smoke_runs, tmp_path, monkeypatch):
     _, states, _ = drawn(module, monkeypatch, "--sample", smoke_runs[module], "--out", tmp_path)

@@ -102,6 +102,7 @@ def test_vae_loss_sums_over_an_image_and_averages_over_the_batch(kind, power):
     assert_close(loss, error + 0.3 * kl)
 
 
+@pytest.mark.slow
 def test_overfitting_one_batch_brings_it_back(pictures):
     torch.manual_seed(0)
     vae, x = small_vae(), pictures.train[:4]
@@ -497,6 +498,7 @@ def game(tmp_path_factory, pictures):
 GAME = ["--adversarial", 0.5, "--adversarial_start", 1, "--flip"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "adversarial, flip"])
 @pytest.mark.parametrize("stop", STOPS, ids=lambda stop: f"{stop[0][:-4]} {stop[1]}")
 def test_a_resumed_run_ends_like_one_that_never_stopped(stop, plain, tmp_path, pictures, trained,

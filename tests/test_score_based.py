@@ -139,6 +139,7 @@ def test_marginals_solve_the_moment_equations(name):
     assert_close(std[:, 0] ** 2, torch.from_numpy(found.y[1]), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 @every_sde
 def test_marginals_by_simulation(name):
     sde, n, steps = SDES[name](), 10000, 1000
@@ -346,6 +347,7 @@ def rows_of(x, data):
     return (distance.min(1).values < 1e-4).sum().item()
 
 
+@pytest.mark.slow
 def test_training_spreads_the_pixels_of_the_training_part_over_their_bins(tmp_path, monkeypatch):
     """Every x_0 that the loss sees is a training picture, each value somewhere in its bin."""
     found = fit(monkeypatch, tmp_path, "--batch_size", 64)
@@ -481,6 +483,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.slow
 @every_sde
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_with_every_sde(name, sampler):
@@ -502,6 +505,7 @@ def test_every_sampler_with_every_sde(name, sampler):
         assert within.std(0).mean().item() == pytest.approx(data.s[k].item(), rel=0.12)
 
 
+@pytest.mark.slow
 @every_sde
 def test_sde_and_ode_share_marginals_along_the_way(name):
     """At t = 0.5 the variance of the ODE's and of the reverse SDE's states is that of p_t."""
@@ -535,6 +539,7 @@ def test_rk45_follows_the_exact_flow(name):
     assert_close(found, flow_of_gaussian(sde, data, x, 1.0, sde.eps), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_sde
 @pytest.mark.parametrize("method", ["rk45", "rk4"])
 def test_encode_then_decode_returns_the_input(name, method):
@@ -969,6 +974,7 @@ OPTIONS = ({}, {"fir": True}, {"skip_rescale": True}, {"biggan": True}, {"progre
                                "progressive_input": True, "fourier": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "none")
 @pytest.mark.parametrize("patch", [1, 2])
 def test_unet_learns_with_every_option(options, patch):
@@ -1055,6 +1061,7 @@ def awake(network):
     return network.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fourier", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_work_in_float64(name, fourier):
@@ -1219,6 +1226,7 @@ def drawn(run_of, tmp_path, monkeypatch):
     return draw
 
 
+@pytest.mark.slow
 def test_main_draws_with_the_sampling_flags(drawn):
     """sampler, N, corrector_steps, snr, tolerance, denoise, n_samples, through --sample."""
     found = drawn("--sampler", "pc", "--N", "3", "--corrector_steps", "2", "--snr", "0.37")
@@ -1258,6 +1266,7 @@ def over_std2(sde, t):
     return sde.std(t).view(-1, 1, 1, 1) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits8", "gaussians"])
 @pytest.mark.parametrize("how", ["train", "sample"])
 def test_all_that_is_drawn_and_measured_is_of_the_average(name, how, run_of, tmp_path, monkeypatch):
@@ -1328,6 +1337,7 @@ def test_bits_are_of_held_out_pictures_and_of_a_score_that_is_not_clamped(tmp_pa
     assert not asked and "bits_per_dim" not in run.read_metrics()
 
 
+@pytest.mark.slow
 def test_densities_and_likelihoods_of_points_against_the_truth(tmp_path, monkeypatch):
     """The exact score of the eight Gaussians is right, that of eight between them is all wrong."""
     cfg, run, data = opened(tmp_path, "--dataset", "gaussians", "--tolerance", 1e-3, "--likelihood", 300)
@@ -1410,6 +1420,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv, message", BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_bad_input_ends_with_one_line(argv, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
