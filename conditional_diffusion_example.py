@@ -585,9 +585,9 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"),
-            nn.Dropout(dropout), nn.Linear(4 * width, width))
+        widen, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(widen, nn.GELU(approximate="tanh"),
+                                 nn.Dropout(dropout), narrow)
         self.condition = nn.Linear(width, 6 * width)
 
     def attend(self, x):
@@ -641,8 +641,8 @@ class DiT(nn.Module):
                              f"(dit_patch), nearest: {low}, {low + patch}")
         self.classes, self.patch, self.width = classes, patch, width
         self.embed = nn.Linear(image_channels * patch**2, width)
-        self.time = nn.Sequential(
-            nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(),
+                                  nn.Linear(width, width))
         self.label = nn.Embedding(classes + 1, width)
         blocks = [DiTBlock(width, heads, dropout) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
@@ -740,8 +740,8 @@ def train(cfg, run, data):
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     model = run.place(make_model(cfg, data.shape, classes))
     ema = EMA(model, cfg.ema)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
+                                  weight_decay=cfg.weight_decay)
 
     def preview(step):
         figure_preview(run, ema.model, data, schedule, step)
@@ -855,7 +855,7 @@ def figure_denoising(run, states, n):
 
 
 def figure_guidance(run, cfg, model, data, schedule, classifier, settings):
-    """guidance.png: accuracy, Fréchet distance and recall against w, both guidances."""
+    """guidance.png: accuracy, Fréchet distance, recall against w, both guidances."""
     n, weights = run.opts.evaluate, sorted({*cfg.w, -1.0, 0.0, cfg.w_samples})
     y, scores = torch.arange(n, device=run.device) % len(data.classes), {}
     for guidance in ("classifier_free", "classifier"):
@@ -914,8 +914,8 @@ def compare(cfg, run, data, schedule):
         found = metrics.quality(samples, data, y)
         scores[backbone] = part.read_metrics() | found | {"sampling": timing}
         run.add_metrics(compare=scores)
-        title = (f"{backbone}: {steps} steps, Fréchet {found['frechet_distance']:.1f}, "
-                 f"right {found['accuracy']:.0%}")
+        title = (f"{backbone}: {steps} steps, Fréchet {found['frechet_distance']:.1f},"
+                 f" right {found['accuracy']:.0%}")
         panels.append((title, samples[:100]))
     plotting.panels(run.path("compare.png"), panels,
                     f"{cfg.compare:g} seconds of training each, the same noises", 10)
@@ -976,11 +976,10 @@ def main(argv=None):
     if not run.main:
         return
 
-    longest = max(cfg.n_samples, run.opts.evaluate or 0)
-    y = torch.tensor(classes, device=run.device).repeat(longest)  # the first n are used
-    settings = {name: getattr(cfg, name) for name in (
-        "guidance", "sampler", "S", "eta", "spacing", "variance", "clip_x0")}
-    settings["classifier"] = classifier
+    largest_n = max(cfg.n_samples, run.opts.evaluate or 0)
+    y = torch.tensor(classes, device=run.device).repeat(largest_n)  # enough for each n
+    names = "guidance", "sampler", "S", "eta", "spacing", "variance", "clip_x0"
+    settings = {name: getattr(cfg, name) for name in names} | {"classifier": classifier}
 
     def states(batch):
         xT = torch.randn(len(batch), *data.shape, device=run.device)

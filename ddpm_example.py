@@ -424,8 +424,8 @@ def train(cfg, run, data):
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     model = run.place(make_unet(cfg, data.shape))
     ema = EMA(model, cfg.ema)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
+                                  weight_decay=cfg.weight_decay)
 
     def preview(step):
         figure_preview(run, ema.model, data, schedule, step)
@@ -528,9 +528,10 @@ def figure_denoising(run, model, states, alpha_bars):
     plotting.gif(run.path("denoising.gif"), [xt for _, xt in frames], 3, captions)
 
     xts = torch.stack([xt[:3] for _, xt in columns], dim=1)  # (3, 8, C, H, W)
-    x0_hats = torch.stack([
-        predict_x0(xt[:3], predict_eps(model, xt[:3], t, alpha_bars), t, alpha_bars)
-        for t, xt in columns], dim=1)
+    eps_hats = torch.stack([predict_eps(model, xt[:3], t, alpha_bars)
+                            for t, xt in columns], dim=1)
+    x0_hats = torch.stack([predict_x0(xts[:, i], eps_hats[:, i], t, alpha_bars)
+                           for i, (t, _) in enumerate(columns)], dim=1)
     rows = torch.stack([xts, x0_hats], dim=1).flatten(0, 1)
     plotting.table(run.path("denoising.png"), list(rows), "x_t and x0_hat on the way",
                    ["x_t", "x0_hat"] * 3, [f"t = {t}" for t, _ in columns])

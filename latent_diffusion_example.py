@@ -666,8 +666,8 @@ def train(cfg, run, data):
 
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     ema = EMA(model, cfg.ema)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
+                                  weight_decay=cfg.weight_decay)
 
     def preview(step):
         figure_preview(run, ema.model, vae, data, schedule, step)

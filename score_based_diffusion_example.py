@@ -896,8 +896,8 @@ def train(cfg, run, data):
     model = run.place(make_network(cfg, data.shape))
     model.sigma_data.fill_(data.train.std())
     ema = EMA(model, cfg.ema)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
+                                  weight_decay=cfg.weight_decay)
     images = len(data.shape) == 3
 
     def preview(step):

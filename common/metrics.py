@@ -1,4 +1,4 @@
-"""Quality of samples: classifier, Fréchet distance, Inception Score, precision, recall.
+"""Quality: a classifier, Fréchet distance, Inception Score, precision and recall.
 
 The features are those of a classifier trained here, so the distance is a Fréchet
 distance in classifier features; it is not an FID, and is not comparable with one.
