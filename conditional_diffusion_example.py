@@ -39,16 +39,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 from common import metrics, plotting
 from common.cli import check_sizes, command_line
 from common.data import cached, load_images
 from common.device import seeded, training_cost
 from common.runs import open_run
 
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 Guidance = Literal["classifier_free", "classifier", "none"]
 
@@ -58,14 +57,14 @@ class Config:
     """Every line is a flag, its comment the help text; a range in it is checked."""
 
     # diffusion
-    T: int = 1000  # diffusion steps, >= 1 (paper: 1000)
+    T: int = 1000  # diffusion steps, in [1, 1e6] (paper: 1000)
     schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: both)
     beta_1: float = 1e-4  # first variance, linear schedule, in (0, 1) (paper: 1e-4)
     beta_T: float = 0.02  # last variance, linear schedule, in (0, 1) (paper: 0.02)
     p_uncond: float = 0.1  # share of labels dropped, in [0, 1) (paper: 0.1, 0.2, 0.5)
     # sampling
     guidance: Guidance = "classifier_free"  # of the samples; none: the labels alone
-    classes: tuple[int, ...] = ()  # what to draw, >= 0, in order; none: every class
+    classes: tuple[str, ...] = ()  # what to draw, in order; none: n_samples of all
     w: tuple[float, ...] = (-1.0, 0.0, 1.0, 2.0, 4.0)  # weights to draw, >= -1
     w_samples: float = 2.0  # guidance weight of the samples, >= -1 (paper: 0 to 4)
     classifier_steps: int = 1500  # of the noisy classifier, >= 1 (paper: 300000)
@@ -75,7 +74,7 @@ class Config:
     spacing: Literal["linear", "quadratic"] = "linear"  # of the DDIM steps
     variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # of the ancestral step
     clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: yes)
-    n_samples: int = 500  # pictures drawn at the end, over all the classes, >= 1
+    n_samples: int = 500  # pictures drawn where `classes` names none, in [1, 1e6]
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: imagenet)
     image_size: int = 0  # resize pictures to this side, >= 0; 0 keeps theirs
@@ -84,14 +83,14 @@ class Config:
     backbone: Literal["unet", "dit"] = "unet"  # U-Net or Diffusion Transformer
     channels: int = 32  # base width of the U-Net, >= 4 (paper: 192, 256)
     mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (paper: 1 2 3 4)
-    blocks: int = 1  # residual blocks a level, >= 1 (paper: 2 or 3)
+    blocks: int = 1  # residual blocks a level, in [1, 100] (paper: 2 or 3)
     attention: tuple[int, ...] = (7,)  # sides with attention, >= 1 (paper: 32 16 8)
     heads: int = 1  # attention heads, >= 1 (paper: 64 channels each)
     groups: int = 8  # groups of each group norm, >= 1 (code: 32)
     dropout: float = 0.0  # in the residual blocks, in [0, 1) (paper: 0 or 0.1)
     patch: int = 2  # side of the pixel blocks made channels, >= 1 (paper: none, 1)
-    dit_width: int = 96  # width of the DiT, >= 4 (DiT: 384 to 1152)
-    dit_depth: int = 4  # blocks of the DiT, >= 1 (DiT: 12 to 28)
+    dit_width: int = 96  # width of the DiT, in [4, 1e4] (DiT: 384 to 1152)
+    dit_depth: int = 4  # blocks of the DiT, in [1, 100] (DiT: 12 to 28)
     dit_heads: int = 4  # attention heads of the DiT, >= 1 (DiT: 6 to 16)
     dit_patch: int = 4  # side of the DiT's patches, >= 1 (DiT: 2, 4 or 8)
     # training
@@ -158,7 +157,8 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
     another T, so that x_T is noise all the same. "cosine": arXiv 2102.09672, Eq. 17.
     """
     if kind == "linear":
-        betas = torch.linspace(beta_1, beta_T, T, dtype=torch.float64) * 1000 / T
+        betas = torch.linspace(beta_1, beta_T, max(T, 2), dtype=torch.float64)
+        betas = betas[-T:] * 1000 / T  # a single step has beta_T: x_1 is noise
     elif kind == "cosine":
         u = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -212,7 +212,7 @@ def ddpm_loss(model, x0, schedule, t=None, eps=None):
 
 def per_image(value, x):
     """A number, or (B,), one an image, shaped to broadcast over x: (B, C, H, W)."""
-    return torch.as_tensor(value, dtype=x.dtype, device=x.device).view(-1, 1, 1, 1)
+    return torch.as_tensor(value, dtype=x.dtype).to(x.device).view(-1, 1, 1, 1)
 
 
 def cfg_eps(model, xt, t, y, w):
@@ -501,7 +501,7 @@ class UNet(nn.Module):
                  mults=(1, 2, 2, 2), blocks=2, attention=(16,), heads=1, groups=32,
                  dropout=0.1, patch=1, classes=10):
         super().__init__()
-        check_sizes(image_size, channels, mults, heads, groups, patch)
+        check_sizes(image_size, channels, mults, attention, heads, groups, patch)
         self.channels, self.patch, self.classes = channels, patch, classes
         time_dim = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, time_dim), nn.SiLU(),
@@ -782,7 +782,7 @@ def train_classifier(cfg, run, data, schedule):
             optimizer.step()
         return not run.stopped
 
-    key = (data.shape, metrics.fingerprint(data), cfg.schedule, cfg.T, cfg.beta_1,
+    key = (data.shape, data.fingerprint(), cfg.schedule, cfg.T, cfg.beta_1,
            cfg.beta_T, cfg.classifier_steps, cfg.flip)
     with seeded(2025, run.device):
         classifier = cached(f"noisy_classifier_{data.name}", key, make, fit)
@@ -792,6 +792,7 @@ def train_classifier(cfg, run, data, schedule):
 # %% 7. Figures and main
 
 
+@plotting.figure
 def figure_grid(run, cfg, model, data, schedule, classes, settings):
     """grid.png: one noise and class a column, one guidance weight a row."""
     weights = cfg.w if cfg.guidance != "none" else (0.0,)
@@ -802,6 +803,7 @@ def figure_grid(run, cfg, model, data, schedule, classes, settings):
                    [spell(cfg, w) for w in weights], [data.classes[c] for c in classes])
 
 
+@plotting.figure
 def figure_same_noise(run, cfg, model, data, schedule, settings):
     """same_noise.png: one noise a row, one class a column."""
     y = torch.arange(min(10, len(data.classes)), device=run.device)
@@ -814,8 +816,18 @@ def figure_same_noise(run, cfg, model, data, schedule, settings):
                    [f"noise {i + 1}" for i in range(5)], [data.classes[c] for c in y])
 
 
+@plotting.figure
 def figure_samples(run, cfg, samples, y, data):
-    """samples.png: samples, one class a row, beside real pictures of the class."""
+    """samples.png: samples, one class a row, beside real pictures of the class.
+
+    Classes that were asked for stand in one row, in their order, over real ones.
+    """
+    if cfg.classes:
+        real = torch.stack([data.train[data.train_labels == c][i % 2]
+                            for i, c in enumerate(y)])
+        plotting.table(run.path("samples.png"), [samples, real], "As asked for",
+                       [spell(cfg, cfg.w_samples), "real"], [data.classes[c] for c in y])
+        return
     kinds = y.unique()[:10]
     counts = [(labels == c).sum() for c in kinds for labels in (y, data.test_labels)]
     n = max(1, min(10, *counts))
@@ -828,7 +840,7 @@ def figure_samples(run, cfg, samples, y, data):
         "One class a row", n)
 
 
-@torch.no_grad()
+@plotting.figure
 def figure_preview(run, model, data, schedule, step):
     """preview.png: x0_hat of held-out x_t, with the right label and without one."""
     x0, y = data.test[:6], data.test_labels[:6]
@@ -847,6 +859,7 @@ def figure_preview(run, model, data, schedule, step):
     plotting.table(run.path("preview.png"), rows, title, labels)
 
 
+@plotting.figure
 def figure_denoising(run, states, n):
     """denoising.gif: x_t on its way to the classes asked for."""
     frames = plotting.evenly(list(states), 40)
@@ -854,6 +867,7 @@ def figure_denoising(run, states, n):
                  [f"t = {t}" for t, _ in frames])
 
 
+@plotting.figure
 def figure_guidance(run, cfg, model, data, schedule, classifier, settings):
     """guidance.png: accuracy, Fréchet distance, recall against w, both guidances."""
     n, weights = run.opts.evaluate, sorted({*cfg.w, -1.0, 0.0, cfg.w_samples})
@@ -929,18 +943,19 @@ def spell(cfg, w):
 
 
 def asked_classes(cfg, data, evaluates):
-    """The classes to draw. ValueError where cfg asks for what data or network lack."""
+    """The labels to draw. ValueError where cfg asks for what data or network lack."""
     if data.train_labels is None:
         raise ValueError(f"dataset {cfg.dataset}: has no labels to condition on")
+    known = [*data.classes, *map(str, range(len(data.classes)))]  # names, or numbers
     for c in cfg.classes:
-        if c >= len(data.classes):
-            raise ValueError(f"classes {c}: must be in [0, {len(data.classes) - 1}]")
+        if c not in known:
+            raise ValueError(f"classes {c}: must be of {', '.join(data.classes[:20])}")
     if not cfg.w:
         raise ValueError("w: needs at least one number")
     if cfg.p_uncond == 0 and (cfg.guidance != "none" or evaluates):
         raise ValueError(f"p_uncond {cfg.p_uncond:g}: must be > 0 for guidance, which "
                          "asks the network for the null class")
-    return cfg.classes or tuple(range(len(data.classes)))
+    return [known.index(c) % len(data.classes) for c in cfg.classes or data.classes]
 
 
 def show(run, cfg, model, data, schedule, classes, settings, samples, y):
@@ -986,7 +1001,8 @@ def main(argv=None):
         asked = y[batch.start:batch.stop]
         return guided_process(model, xT, schedule, asked, cfg.w_samples, **settings)
 
-    n, steps = cfg.n_samples, cfg.S if cfg.sampler == "ddim" else cfg.T
+    n = len(classes) if cfg.classes else cfg.n_samples
+    steps = cfg.S if cfg.sampler == "ddim" else cfg.T
     samples, timing = run.draw(n, states, model, steps)
     run.add_metrics(sampling=timing, samples=metrics.glance(samples, data, y[:n]))
     show(run, cfg, model, data, schedule, classes, settings, samples, y[:n])

@@ -26,14 +26,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 from common import metrics, plotting
 from common.cli import check_sizes, command_line
 from common.data import load_images
 from common.runs import open_run
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Config:
     """Every line is a flag, its comment the help text; a range in it is checked."""
 
     # diffusion
-    T: int = 1000  # diffusion steps, >= 1 (paper: 1000)
+    T: int = 1000  # diffusion steps, in [1, 1e6] (paper: 1000)
     schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: linear)
     beta_1: float = 1e-4  # first variance, linear schedule, in (0, 1) (paper: 1e-4)
     beta_T: float = 0.02  # last variance, linear schedule, in (0, 1) (paper: 0.02)
@@ -51,7 +51,7 @@ class Config:
     spacing: Literal["linear", "quadratic"] = "linear"  # of the steps (paper: both)
     sigma_hat: bool = False  # with eta 1: the larger noise, Sec. 5 (paper: Table 1)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: no)
-    n_samples: int = 64  # pictures drawn at the end, >= 1
+    n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: cifar10)
     image_size: int = 0  # resize pictures to this side, >= 0; 0 keeps theirs
@@ -59,7 +59,7 @@ class Config:
     # network
     channels: int = 32  # base width of the U-Net, >= 4 (code: 128)
     mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (code: 1 2 2 2)
-    blocks: int = 1  # residual blocks a level, >= 1 (paper: 2)
+    blocks: int = 1  # residual blocks a level, in [1, 100] (paper: 2)
     attention: tuple[int, ...] = (7,)  # sides with self-attention, >= 1 (paper: 16)
     heads: int = 1  # attention heads, >= 1 (code: 1)
     groups: int = 8  # groups of each group norm, >= 1 (code: 32)
@@ -118,7 +118,8 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
     another T, so that x_T is noise all the same. "cosine": arXiv 2102.09672, Eq. 17.
     """
     if kind == "linear":
-        betas = torch.linspace(beta_1, beta_T, T, dtype=torch.float64) * 1000 / T
+        betas = torch.linspace(beta_1, beta_T, max(T, 2), dtype=torch.float64)
+        betas = betas[-T:] * 1000 / T  # a single step has beta_T: x_1 is noise
     elif kind == "cosine":
         u = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -344,7 +345,7 @@ class UNet(nn.Module):
                  mults=(1, 2, 2, 2), blocks=2, attention=(16,), heads=1, groups=32,
                  dropout=0.1, patch=1):
         super().__init__()
-        check_sizes(image_size, channels, mults, heads, groups, patch)
+        check_sizes(image_size, channels, mults, attention, heads, groups, patch)
         self.channels, self.patch = channels, patch
         time_dim = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, time_dim), nn.SiLU(),
@@ -460,7 +461,7 @@ def train(cfg, run, data):
 # %% 6. Figures and main
 
 
-@torch.no_grad()
+@plotting.figure
 def figure_preview(run, model, data, schedule, step):
     """preview.png: x0_hat of held-out x_t at a few t: one network call, no sampling."""
     x0 = data.test[:6]
@@ -477,7 +478,7 @@ def figure_preview(run, model, data, schedule, step):
     plotting.table(run.path("preview.png"), rows, title, labels)
 
 
-@torch.no_grad()
+@plotting.figure
 def figure_loss(run, model, data, schedule):
     """loss.png: the training loss, and the held-out loss by t."""
     x0 = data.test[:200]
@@ -492,7 +493,7 @@ def figure_loss(run, model, data, schedule):
         plotting.loss_by_t(loss, edges, "held-out loss by t")])
 
 
-@torch.no_grad()
+@plotting.figure
 def figure_denoising(run, model, states, alpha_bars):
     """denoising.gif: x_t on its way; denoising.png: x_t, and below it x0_hat."""
     states = list(states)
@@ -510,6 +511,7 @@ def figure_denoising(run, model, states, alpha_bars):
                    ["x_t", "x0_hat"] * 3, [f"t = {t}" for t, _ in columns])
 
 
+@plotting.figure
 def figure_steps(run, cfg, model, schedule, shape):
     """steps.png: the same noises in more and more steps; eta.png: with more noise."""
     xT = torch.randn(8, *shape, device=run.device)
@@ -526,6 +528,7 @@ def figure_steps(run, cfg, model, schedule, shape):
                    [f"eta = {eta:g}" for eta in etas])
 
 
+@plotting.figure
 def figure_interpolation(run, cfg, model, schedule, shape):
     """interpolation.png: between two noises, along the sphere and along the line."""
     shares = torch.linspace(0, 1, 9, device=run.device).view(-1, 1, 1, 1)
@@ -539,6 +542,7 @@ def figure_interpolation(run, cfg, model, schedule, shape):
                    ["slerp", "linear"] * 2, [f"{u:.2f}" for u in shares.flatten()])
 
 
+@plotting.figure
 def figure_reconstruction(run, cfg, model, schedule, data):
     """reconstruction.png: pictures, their codes, what comes back of them."""
     x0, errors, rows = data.test[:8], {}, []
@@ -554,6 +558,7 @@ def figure_reconstruction(run, cfg, model, schedule, data):
     run.add_metrics(reconstruction_error_by_S=errors)
 
 
+@plotting.figure
 def figure_quality(run, cfg, model, states, data):
     """quality.png: Fréchet distance against S, the paper's Table 1 in small."""
     counts = [S for S in (10, 20, 50, 100) if S < cfg.T] + [cfg.T]

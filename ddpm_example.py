@@ -23,15 +23,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-from tqdm import tqdm
-
 from common import metrics, plotting
 from common.cli import check_sizes, command_line
 from common.data import load_images
 from common.runs import open_run
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Config:
     """Every line is a flag, its comment the help text; a range in it is checked."""
 
     # diffusion
-    T: int = 1000  # diffusion steps, >= 1 (paper: 1000)
+    T: int = 1000  # diffusion steps, in [1, 1e6] (paper: 1000)
     schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: linear)
     beta_1: float = 1e-4  # first variance, linear schedule, in (0, 1) (paper: 1e-4)
     beta_T: float = 0.02  # last variance, linear schedule, in (0, 1) (paper: 0.02)
     # sampling
     variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # sigma_t^2 (paper: either)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: yes)
-    n_samples: int = 64  # pictures drawn at the end, >= 1
+    n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: cifar10)
     image_size: int = 0  # resize pictures to this side, >= 0; 0 keeps theirs
@@ -54,7 +54,7 @@ class Config:
     # network
     channels: int = 32  # base width of the U-Net, >= 4 (code: 128)
     mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (code: 1 2 2 2)
-    blocks: int = 1  # residual blocks a level, >= 1 (paper: 2)
+    blocks: int = 1  # residual blocks a level, in [1, 100] (paper: 2)
     attention: tuple[int, ...] = (7,)  # sides with self-attention, >= 1 (paper: 16)
     heads: int = 1  # attention heads, >= 1 (code: 1)
     groups: int = 8  # groups of each group norm, >= 1 (code: 32)
@@ -113,7 +113,8 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
     another T, so that x_T is noise all the same. "cosine": arXiv 2102.09672, Eq. 17.
     """
     if kind == "linear":
-        betas = torch.linspace(beta_1, beta_T, T, dtype=torch.float64) * 1000 / T
+        betas = torch.linspace(beta_1, beta_T, max(T, 2), dtype=torch.float64)
+        betas = betas[-T:] * 1000 / T  # a single step has beta_T: x_1 is noise
     elif kind == "cosine":
         u = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -328,7 +329,7 @@ class UNet(nn.Module):
                  mults=(1, 2, 2, 2), blocks=2, attention=(16,), heads=1, groups=32,
                  dropout=0.1, patch=1):
         super().__init__()
-        check_sizes(image_size, channels, mults, heads, groups, patch)
+        check_sizes(image_size, channels, mults, attention, heads, groups, patch)
         self.channels, self.patch = channels, patch
         time_dim = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, time_dim), nn.SiLU(),
@@ -446,6 +447,8 @@ def train(cfg, run, data):
 
 def discrete_log_likelihood(x0, mean, sigma):
     """log p(x_0 | x_1) of 8-bit x0, like x0: N(mean, sigma^2)'s mass in its bin."""
+    device = x0.device
+    x0, mean, sigma = x0.cpu(), mean.cpu(), sigma.cpu()  # MPS may lack log_ndtr
     upper = (x0 + 1 / 255 - mean) / sigma  # delta_+
     lower = (x0 - 1 / 255 - mean) / sigma  # delta_-
     upper = upper.masked_fill(x0 > 0.999, torch.inf)  # the outermost bins are open
@@ -455,7 +458,7 @@ def discrete_log_likelihood(x0, mean, sigma):
                     torch.where(mirror, -upper, lower))
     log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
     ratio = torch.exp(log_lower - log_upper).clamp(max=1 - 1e-7)  # log1p stays finite
-    return log_upper + torch.log1p(-ratio)  # [DDPM] Eq. 13, in nats
+    return (log_upper + torch.log1p(-ratio)).to(device)  # [DDPM] Eq. 13, in nats
 
 
 @torch.no_grad()
@@ -487,7 +490,7 @@ def variational_bound(model, x0, schedule, variance="beta_tilde", clip_x0=True):
 # %% 7. Figures and main
 
 
-@torch.no_grad()
+@plotting.figure
 def figure_preview(run, model, data, schedule, step):
     """preview.png: x0_hat of held-out x_t at a few t: one network call, no sampling."""
     x0 = data.test[:6]
@@ -504,7 +507,7 @@ def figure_preview(run, model, data, schedule, step):
     plotting.table(run.path("preview.png"), rows, title, labels)
 
 
-@torch.no_grad()
+@plotting.figure
 def figure_loss(run, model, data, schedule):
     """loss.png: the training loss, and the held-out loss by t."""
     x0 = data.test[:200]
@@ -519,7 +522,7 @@ def figure_loss(run, model, data, schedule):
         plotting.loss_by_t(loss, edges, "held-out loss by t")])
 
 
-@torch.no_grad()
+@plotting.figure
 def figure_denoising(run, model, states, alpha_bars):
     """denoising.gif: x_t on its way; denoising.png: x_t, and below it x0_hat."""
     states = list(states)
@@ -537,6 +540,7 @@ def figure_denoising(run, model, states, alpha_bars):
                    ["x_t", "x0_hat"] * 3, [f"t = {t}" for t, _ in columns])
 
 
+@plotting.figure
 def figure_forward(run, cfg, data, schedule):
     """forward.png: pictures dissolving; schedules.png: how fast, by either schedule."""
     x0, T, lines = data.test[:4], schedule.T, {}
@@ -554,6 +558,7 @@ def figure_forward(run, cfg, data, schedule):
          "xlabel": "t", "title": r"$\log\,\bar\alpha_t\,/\,(1-\bar\alpha_t)$"}])
 
 
+@plotting.figure
 def figure_bound(run, cfg, model, data, schedule):
     """bound.png: the variational bound term by term, with its sum in metrics.json."""
     x0 = data.test[:100 if run.opts.evaluate else 32]

@@ -30,15 +30,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 from common import metrics, plotting
 from common.cli import check_sizes, command_line, fail
 from common.data import Data, load_images
 from common.device import seeded, training_cost
 from common.runs import load_checkpoint, open_run, restore
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Config:
     # autoencoder
     vae: str = ""  # run or checkpoint whose autoencoder is taken, without stage 1
     factor: Literal[2, 4, 8] = 4  # f, by which sides shrink (paper: 1 to 32)
-    z_channels: int = 4  # channels of the latents, >= 1 (paper: 3 or 4)
-    vae_channels: int = 32  # base width of the autoencoder, >= 4 (code: 128)
-    vae_blocks: int = 1  # residual blocks a level, >= 1 (code: 2)
+    z_channels: int = 4  # channels of the latents, in [1, 1000] (paper: 3 or 4)
+    vae_channels: int = 32  # base width of the autoencoder, in [4, 1e4] (code: 128)
+    vae_blocks: int = 1  # residual blocks a level, in [1, 100] (code: 2)
     vae_patch: Literal[1, 2, 4, 8] = 2  # side of pixel blocks made channels (paper: 1)
     kl_weight: float = 1e-2  # of the KL, summed as the error is, >= 0 (paper: 1e-6)
     reconstruction: Literal["l1", "l2"] = "l2"  # error (code: l1 and perceptual)
@@ -59,7 +59,7 @@ class Config:
     vae_steps: int = 2000  # optimiser steps of stage 1, >= 1
     vae_lr: float = 2e-3  # peak learning rate of stage 1, > 0 (code: 4.5e-6 a picture)
     # diffusion
-    T: int = 1000  # diffusion steps, >= 1 (paper: 1000)
+    T: int = 1000  # diffusion steps, in [1, 1e6] (paper: 1000)
     schedule: Literal["linear"] = "linear"  # how beta_t grows (paper: linear)
     beta_1: float = 1e-4  # first variance, linear schedule, in (0, 1) (code: 1.5e-3)
     beta_T: float = 0.02  # last variance, linear schedule, in (0, 1) (code: 0.0195)
@@ -67,7 +67,7 @@ class Config:
     S: int = 250  # sampling steps, >= 1 and at most T (paper: 500 for CelebA-HQ)
     eta: float = 1.0  # 0: deterministic, 1: as noisy as DDPM, in [0, 1] (paper: 0 to 1)
     spacing: Literal["linear", "quadratic"] = "linear"  # of the steps
-    n_samples: int = 64  # pictures drawn at the end, >= 1
+    n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: ImageNet, ...)
     image_size: int = 32  # resize or pad pictures to this side, >= 0; 0 keeps theirs
@@ -75,7 +75,7 @@ class Config:
     # network
     channels: int = 48  # base width of the U-Net, >= 4 (paper: 224)
     mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (paper: 1 2 3 4)
-    blocks: int = 1  # residual blocks a level, >= 1 (paper: 2)
+    blocks: int = 1  # residual blocks a level, in [1, 100] (paper: 2)
     attention: tuple[int, ...] = (4,)  # latent sides with it, >= 1 (paper: 32 16 8)
     heads: int = 1  # attention heads, >= 1 (paper: one for 32 channels)
     groups: int = 8  # groups of each group norm, >= 1 (code: 32)
@@ -152,7 +152,8 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
     another T, so that x_T is noise all the same. "cosine": arXiv 2102.09672, Eq. 17.
     """
     if kind == "linear":
-        betas = torch.linspace(beta_1, beta_T, T, dtype=torch.float64) * 1000 / T
+        betas = torch.linspace(beta_1, beta_T, max(T, 2), dtype=torch.float64)
+        betas = betas[-T:] * 1000 / T  # a single step has beta_T: x_1 is noise
     elif kind == "cosine":
         u = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -398,7 +399,7 @@ class UNet(nn.Module):
                  mults=(1, 2, 2, 2), blocks=2, attention=(16,), heads=1, groups=32,
                  dropout=0.1, patch=1):
         super().__init__()
-        check_sizes(image_size, channels, mults, heads, groups, patch)
+        check_sizes(image_size, channels, mults, attention, heads, groups, patch)
         self.channels, self.patch = channels, patch
         time_dim = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, time_dim), nn.SiLU(),
@@ -497,7 +498,7 @@ class VAE(nn.Module):
             raise ValueError(f"vae_patch {patch}: must be at most --factor {factor}")
         if channels % groups:
             raise ValueError(f"groups {groups}: must divide --vae_channels {channels}")
-        self.patch = patch
+        self.factor, self.patch = factor, patch
         self.register_buffer("scale", torch.ones(()))
         levels = (factor // patch).bit_length()  # 1 + log2(f / patch)
         widths = [channels * min(2**level, 4) for level in range(levels)]
@@ -528,6 +529,9 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """Mean and log-variance of q(z | x), two (B, z_channels, H/f, W/f)."""
+        H, W = x.shape[2:]
+        if H % self.factor or W % self.factor:  # what is decoded would be larger than x
+            raise ValueError(f"factor {self.factor}: must divide the sides {H} and {W}")
         mean, logvar = self.encoder(F.pixel_unshuffle(x, self.patch)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)  # exp stays finite (code)
 
@@ -600,7 +604,8 @@ class EMA:
 
 def load_vae(cfg, run, shape):
     """The frozen autoencoder of the checkpoint cfg.vae."""
-    state, where = load_checkpoint(cfg.vae, ("latent",)), f"--vae {cfg.vae}"
+    where = f"--vae {cfg.vae}"
+    state = load_checkpoint(cfg.vae, ("latent",), where)
     if "vae" not in state:
         fail(f"{where}: holds no autoencoder")
     for name in ("factor", "z_channels", "vae_channels", "vae_blocks", "vae_patch",
@@ -695,6 +700,7 @@ def psnr(x, x_hat):
     return 10 * torch.log10(4 / error.clamp(min=1e-10))  # the range is 2, its square 4
 
 
+@plotting.figure
 def figure_autoencoder(run, vae, data):
     """reconstructions.png: pictures and what comes back; latents.png: their latents."""
     x = data.test[:500]
@@ -715,6 +721,7 @@ def figure_autoencoder(run, vae, data):
                    ["picture"] + [f"channel {i + 1}" for i in range(len(channels))])
 
 
+@plotting.figure
 def figure_walk(run, vae, data):
     """walk.png: the line between two pictures, in latents and in pixels."""
     x, shares = data.test[:4], torch.linspace(0, 1, 9, device=run.device)
@@ -728,6 +735,7 @@ def figure_walk(run, vae, data):
                        ["latents", "pixels"] * (len(rows) // 2))
 
 
+@plotting.figure
 def figure_histogram(run, vae, data):
     """histogram.png: sampled latents as encoded, and scaled, against N(0, 1)."""
     mean, logvar = encode_all(vae, data.train[:1000])
@@ -741,7 +749,7 @@ def figure_histogram(run, vae, data):
                     f"Sampled latents; the scale is {vae.scale.item():.4f}")
 
 
-@torch.no_grad()
+@plotting.figure
 def figure_preview(run, model, vae, data, schedule, step):
     """preview.png: z0_hat of held-out z_t at a few t, decoded: one network call."""
     x = data.test[:6]
@@ -760,7 +768,7 @@ def figure_preview(run, model, vae, data, schedule, step):
     plotting.table(run.path("preview.png"), rows, title, labels)
 
 
-@torch.no_grad()
+@plotting.figure
 def figure_denoising(run, model, vae, states, alpha_bars):
     """denoising.gif: the decoded z0_hat along the sampler's way."""
     pictures, captions = [], []
@@ -772,6 +780,7 @@ def figure_denoising(run, model, vae, states, alpha_bars):
     plotting.gif(run.path("denoising.gif"), pictures, 4, captions)
 
 
+@plotting.figure
 def figure_loss(run):
     """loss.png: the losses of the stages that this run trained."""
     plotting.curves(run.path("loss.png"), [
@@ -780,6 +789,7 @@ def figure_loss(run):
         plotting.loss_curve(run.read_log(), "stage 2: noise prediction ([LDM] Eq. 2)")])
 
 
+@plotting.figure
 def figure_cost(run, cfg, shape):
     """cost.png: a training step of the same U-Net, on latents and on pixels."""
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)

@@ -35,18 +35,18 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-from tqdm import tqdm
-
 from common import metrics, plotting
 from common.cli import check_sizes, command_line
 from common.data import POINTS, load_data, point_density
 from common.device import Meter, seeded
 from common.ode import solve
 from common.runs import open_run
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
 
 Sampler = Literal["em", "reverse", "ancestral", "pc", "rk45", "rk4"]
 
@@ -65,7 +65,7 @@ class Config:
     weighting: Literal["simple", "likelihood"] = "simple"  # lambda(t): std^2 or g^2
     # sampling
     sampler: Sampler = "pc"  # which one (paper: pc for ve, em for vp and subvp)
-    N: int = 500  # steps, >= 1; rk45 chooses its own, rk4 makes N / 4 (paper: 1000)
+    N: int = 500  # steps, in [1, 1e6]; rk4 makes N / 4, rk45 its own (paper: 1000)
     snr: float = 0.16  # r of the corrector, > 0 (paper: ve 0.16, vp 0.01)
     corrector_steps: int = 1  # Langevin steps a predictor step, >= 1 (paper: 1)
     tolerance: float = 1e-4  # relative and absolute, of rk45, in (0, 1) (paper: 1e-5)
@@ -74,7 +74,7 @@ class Config:
     std_floor: float = 1e-5  # least std in -eps_hat / std, >= 0
     temperature: float = 1.0  # scales the starting noise, >= 0 (paper: 1)
     likelihood: int = 16  # held-out examples whose likelihood is computed, >= 0
-    n_samples: int = 64  # pictures drawn at the end (points: 100 times as many), >= 1
+    n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]; of points 100 times
     # data
     dataset: str = "digits"  # digits, cifar10, ..., swiss_roll, two_moons, gaussians
     image_size: int = 0  # resize pictures to this side, >= 0; 0 keeps theirs
@@ -84,7 +84,7 @@ class Config:
     model: Literal["auto", "unet", "mlp"] = "auto"  # unet for images, mlp for points
     channels: int = 32  # base width of the U-Net, >= 4 (code: 128)
     mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (code: 1 2 2 2)
-    blocks: int = 1  # residual blocks a level, >= 1 (paper: 4)
+    blocks: int = 1  # residual blocks a level, in [1, 100] (paper: 4)
     attention: tuple[int, ...] = (7,)  # sides with self-attention, >= 1 (code: 16)
     heads: int = 1  # attention heads, >= 1 (code: 1)
     groups: int = 8  # groups of each group norm, >= 1 (code: 32)
@@ -94,8 +94,8 @@ class Config:
     skip_rescale: bool = False  # residual sums times 1/sqrt(2) (paper: yes)
     biggan: bool = False  # residual blocks that resample inside (paper: yes)
     progressive_input: bool = False  # shrunken input at each level (paper: NCSN++ yes)
-    hidden: int = 128  # width of the MLP, >= 1
-    layers: int = 4  # hidden layers of the MLP, >= 1
+    hidden: int = 128  # width of the MLP, in [1, 1e4]
+    layers: int = 4  # hidden layers of the MLP, in [1, 100]
     # training
     steps: int = 8000  # optimiser steps, >= 1 (paper: 1300000)
     batch_size: int = 32  # examples a step, over all processes, >= 1 (paper: 128)
@@ -143,16 +143,21 @@ class SDE:
     App. C); elsewhere eps is noise, and epsilon the corrector's step.
     """
 
-    T, eps, eps_train, prior_std = 1.0, 1e-3, 1e-5, 1.0
+    T, eps, eps_train, prior_std, device = 1.0, 1e-3, 1e-5, 1.0, "cpu"
     samplers = ("em", "reverse", "ancestral", "pc", "rk45", "rk4")
 
     def marginal(self, x0, t):
         """Mean (like x0) and std (broadcastable) of x_t given x_0. [SDE] Eq. 29."""
         return over(self.m(t), x0) * x0, over(self.std(t), x0)
 
+    def to(self, device):
+        """Itself, with its noise drawn on the device from now on."""
+        self.device = device
+        return self
+
     def prior_sampling(self, shape):
         """Noise to start from: p_T without its memory of the data."""
-        return self.prior_std * torch.randn(shape)
+        return self.prior_std * torch.randn(shape, device=self.device)
 
     def prior_logp(self, z):
         """log p_T of z: (B, ...) -> (B,) in nats."""
@@ -736,7 +741,7 @@ class UNet(nn.Module):
                  dropout=0.1, patch=1, fourier=False, fir=False, skip_rescale=False,
                  biggan=False, progressive_input=False):
         super().__init__()
-        check_sizes(image_size, channels, mults, heads, groups, patch)
+        check_sizes(image_size, channels, mults, attention, heads, groups, patch)
         self.channels, self.patch, self.fir = channels, patch, fir
         self.rescale = math.sqrt(0.5) if skip_rescale else 1.0
         self.register_buffer("sigma_data", torch.tensor(0.5))
@@ -946,6 +951,7 @@ def process(cfg, score, sde, xT, calls=None):
     yield from sde_process(step, score, sde, xT, steps, cfg.denoise)
 
 
+@plotting.figure
 def figure_sdes(run, cfg):
     """sdes.png: mean and variance of the three SDEs, and the size of both targets."""
     sdes = make_sdes(cfg)
@@ -963,7 +969,7 @@ def figure_sdes(run, cfg):
          "yscale": "log", "title": r"variance of the target, score: $1/std^2$"}])
 
 
-@torch.no_grad()
+@plotting.figure
 def figure_loss(run, model, sde, data):
     """loss.png: the training loss, and the held-out loss by t."""
     x0 = data.test[:200]
@@ -978,7 +984,7 @@ def figure_loss(run, model, sde, data):
         plotting.loss_by_t(loss, edges, "held-out loss by t")])
 
 
-@torch.no_grad()
+@plotting.figure
 def figure_preview(run, model, sde, data, step):
     """preview.png: x0_hat of held-out x_t at a few t: one network call, no sampling."""
     x0 = data.test[:6] if len(data.shape) == 3 else data.test[:1000]
@@ -1003,6 +1009,7 @@ def shown(sde, x, t):
     return x / math.sqrt(sde.m(t).item() ** 2 + sde.std(t).item() ** 2)
 
 
+@plotting.figure
 def figure_denoising(run, score, sde, states):
     """denoising.gif: x_t above x0_hat, on the way from noise to pictures."""
     frames, captions = [], []
@@ -1013,9 +1020,10 @@ def figure_denoising(run, score, sde, states):
     plotting.gif(run.path("denoising.gif"), frames, 8, captions)
 
 
+@plotting.figure
 def figure_samplers(run, cfg, model, score, sde, shape):
     """samplers.png: one row a sampler, in about 100 network calls."""
-    xT = sde.prior_sampling((10, *shape)).to(run.device)
+    xT = sde.prior_sampling((10, *shape))
     rows, labels = [], []
     for name in sde.samplers:
         with Meter(model, run.device) as meter:
@@ -1025,9 +1033,10 @@ def figure_samplers(run, cfg, model, score, sde, shape):
     plotting.table(run.path("samplers.png"), rows, "One noise a column", labels)
 
 
+@plotting.figure
 def figure_guardrails(run, cfg, model, sde, shape):
     """guardrails.png: few steps with Tweedie and the clamp on, and each one off."""
-    xT = sde.prior_sampling((10, *shape)).to(run.device)
+    xT = sde.prior_sampling((10, *shape))
     few, rows = replace(cfg, sampler="em", N=min(30, cfg.N)), []
     changes = {"all on": {}, "no Tweedie step": {"denoise": False},
                "x0_hat not clamped": {"clip_x0": False}}
@@ -1041,6 +1050,7 @@ def figure_guardrails(run, cfg, model, sde, shape):
                    list(changes))
 
 
+@plotting.figure
 def figure_codes(run, cfg, score, sde, data):
     """codes.png: pictures through their codes, a walk between codes, temperatures."""
     x, shares = data.test[:8], torch.linspace(0, 1, 8, device=run.device)
@@ -1050,7 +1060,7 @@ def figure_codes(run, cfg, score, sde, data):
     ends = z[:1].expand_as(x), z[1:2].expand_as(x)
     rows = [x, back, decode(slerp(*ends, over(shares, x)))]
     labels = ["held out", "encoded, decoded", "first to second"]
-    noise = sde.prior_sampling(x.shape).to(run.device)
+    noise = sde.prior_sampling(x.shape)
     for temperature in (0.7, 0.9, 1.0):
         rows.append(decode(temperature * noise))
         labels.append(f"temperature {temperature}")
@@ -1058,7 +1068,7 @@ def figure_codes(run, cfg, score, sde, data):
     run.add_metrics(code_error=(back - x).pow(2).mean().sqrt().item())
 
 
-@torch.no_grad()
+@plotting.figure
 def figure_fields(run, score, sde, data):
     """scores.png: the score at four t, chosen by the size of the noise."""
     line, parts, x0 = torch.linspace(-2.2, 2.2, 22), [], data.test[:1500]
@@ -1075,9 +1085,10 @@ def figure_fields(run, score, sde, data):
                     "The score, its length as a square root, over the noisy data")
 
 
+@plotting.figure
 def figure_paths(run, score, sde, data, steps=400):
     """paths.png: SDE and ODE from the same starts; denoising.gif: points by the SDE."""
-    xT = sde.prior_sampling((2000, 2)).to(run.device)
+    xT = sde.prior_sampling((2000, 2))
     by_sde = list(sde_process(em_step, score, sde, xT, steps, denoise=False))
     by_ode = ode_process(score, sde, xT[:6], sde.T, sde.eps, "rk4", steps)
     parts = [(name, torch.stack([shown(sde, x[:6], t) for t, x in states]))
@@ -1091,6 +1102,7 @@ def figure_paths(run, score, sde, data, steps=400):
         [f"t = {t:.2f}" for t, _ in frames])
 
 
+@plotting.figure
 def figure_density(run, cfg, score, sde, data, side=70, limit=2.1):
     """density.png: the model's density by the ODE's likelihood beside the true one."""
     line = torch.linspace(-limit, limit, side)
@@ -1179,7 +1191,7 @@ def main(argv=None):
     """Train, or load what was trained; draw; measure."""
     cfg, run = open_run("score_based", Config, PRESETS, argv)
     data = run.load(load_data(cfg.dataset, cfg.image_size))
-    sde, points = make_sde(cfg), cfg.dataset in POINTS
+    sde, points = make_sde(cfg).to(run.device), cfg.dataset in POINTS
     check_data(run, cfg, sde, data)
     if run.sampling:
         model = run.trained(make_network(cfg, data.shape))
@@ -1191,7 +1203,7 @@ def main(argv=None):
     score = score_fn(model, sde, cfg.std_floor, cfg.clip_x0 and not points)
 
     def states(batch, cfg=cfg, calls=None):
-        xT = sde.prior_sampling((len(batch), *data.shape)).to(run.device)
+        xT = sde.prior_sampling((len(batch), *data.shape))
         return process(cfg, score, sde, cfg.temperature * xT, calls)
 
     n, size = (100 * cfg.n_samples, 10_000) if points else (cfg.n_samples, 100)

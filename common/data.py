@@ -3,18 +3,24 @@
 Images are float32 in [-1, 1] of shape (N, C, H, W), their labels int64.
 """
 
+import difflib
+import gzip
 import hashlib
 import os
-import urllib.error
+import re
+import warnings
+import zlib
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import functional as TF
 
-from .cli import fail
+from .cli import check_memory, fail, say
+from .pictures import read_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "data"
@@ -47,6 +53,13 @@ class Data:
         """The shape of one example: (C, H, W), (2,) or (1, L)."""
         return tuple(self.train.shape[1:])
 
+    def fingerprint(self):
+        """A text that changes with any bit of the training images and labels."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.train_labels):
+            digest.update(part.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
     def to(self, device):
         """The same data on a device."""
         moved = {name: value.to(device) for name, value in vars(self).items()
@@ -55,19 +68,22 @@ class Data:
 
 
 def load_data(name, size=0):
-    """Points or images, as the name says."""
+    """load_points(name) or load_images(name, size), as the name says."""
+    _check_name(name, (*IMAGE_NAMES, *POINTS))
     return load_points(name) if name in POINTS else load_images(name, size)
 
 
 def load_images(name, size=0):
-    """Image dataset by name (IMAGE_NAMES), resized to size x size where size is not 0.
+    """Image dataset by name (IMAGE_NAMES): a Data of (N, C, H, W), resized if size.
 
-    folder:PATH needs no labels: a flat folder of pictures or one folder a class.
-    Nothing is downloaded for the bundled names.
+    The bundled names need no network, the others are downloaded where CACHE lacks them.
+    folder:PATH is (N, 3, size, size), size 32 if 0, without labels where the pictures
+    lie loose, else with one class for each subfolder; what is left out is printed.
     A mistake ends the program with one line.
     """
+    _check_name(name, IMAGE_NAMES)
     if name.startswith("folder:"):
-        return _folder(Path(name[len("folder:") :]).expanduser(), size or 32)
+        return _own(name, *read_folder(name[len("folder:") :], size or 32))
     if name == "digits":
         data = _split(name, *_digits())
     elif name == "digits8":
@@ -79,32 +95,34 @@ def load_images(name, size=0):
     elif name == "color_digits":
         x, y = _digits()
         data = _split(name, _colour(x), y)
-    elif name in DOWNLOADED:
-        data = _downloaded(name)
     else:
-        fail(f"--dataset {name}: must be one of {', '.join(IMAGE_NAMES)}")
+        data = _downloaded(name)
     if size and size != data.train.shape[-1]:
+        numbers = (len(data.train) + len(data.test)) * data.shape[0] * size**2
+        check_memory("image_size", size, numbers)
         data.train, data.test = _fit(data.train, size), _fit(data.test, size)
     return data
 
 
 def load_points(name, n=20000, seed=0):
-    """2-D points (n, 2) from scikit-learn of about unit variance; half are held out."""
+    """2-D points by name (POINTS) of about unit variance: a Data of halves (n // 2, 2).
+
+    Another name ends the program with one line.
+    """
     from sklearn import datasets
 
+    _check_name(name, POINTS)
     if name == "swiss_roll":
         x = datasets.make_swiss_roll(n, noise=0.5, random_state=seed)[0][:, [0, 2]]
         x = (x - np.array([2.0, 0.3])) / 7.0
     elif name == "two_moons":
         x = datasets.make_moons(n, noise=0.06, random_state=seed)[0]
         x = (x - np.array([0.5, 0.25])) / 0.75
-    elif name == "gaussians":
+    else:
         angles = np.arange(8) * np.pi / 4
         centres = 1.4 * np.stack([np.cos(angles), np.sin(angles)], 1)
         x, _ = datasets.make_blobs(n, centers=centres, cluster_std=0.1,
                                    random_state=seed)
-    else:
-        fail(f"--dataset {name}: must be one of {', '.join(POINTS)}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     x = torch.from_numpy(x).float()[order]
     return Data(name, x[: n // 2], x[n // 2 :])
@@ -134,31 +152,56 @@ def point_density(name, x):
     gap = torch.cdist(x.cpu().double(), torch.from_numpy(centres)) / std
     log_norm = np.log(len(centres) * 2 * np.pi * std**2)
     log_p = torch.logsumexp(-0.5 * gap**2, dim=1) - log_norm
-    return log_p.exp().to(x)
+    return log_p.exp().to(x.dtype).to(x.device)  # MPS has no float64
 
 
 def load_series(name, n=5000, length=64, seed=0):
-    """1-D series (N, 1, L) in [-1, 1]: made sines, or csv:PATH, one series a row."""
+    """1-D series (N, 1, L) in [-1, 1]: made sines, or csv:PATH, one series a row.
+
+    A mistake ends the program with one line.
+    """
+    _check_name(name, SERIES_NAMES)
     if name == "sines":
         rng = np.random.default_rng(seed)
         grid = np.linspace(0, 1, length)
         frequency, phase = rng.uniform(1, 4, (n, 1)), rng.uniform(0, 2 * np.pi, (n, 1))
         x = np.sin(2 * np.pi * frequency * grid + phase) * rng.uniform(0.4, 1.0, (n, 1))
-    elif name.startswith("csv:"):
-        try:
-            x = np.loadtxt(name[len("csv:") :], delimiter=",", ndmin=2)
-        except (OSError, ValueError) as problem:
-            fail(f"--dataset {name}: not a readable CSV of numbers, one series a row "
-                 f"({problem})")
-        if len(x) < 2 or not np.isfinite(x).all():
-            fail(f"--dataset {name}: needs at least 2 rows of finite numbers")
-        low, high = x.min(), x.max()
-        x = 2 * (x - low) / (high - low if high > low else 1) - 1
     else:
-        fail(f"--dataset {name}: must be one of {', '.join(SERIES_NAMES)}")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an empty file is told below
+                x = np.loadtxt(os.path.expanduser(name[len("csv:") :]), delimiter=",",
+                               ndmin=2)
+                span = np.ptp(x) if x.size else np.nan  # not finite if one number is
+        except (OSError, ValueError) as problem:
+            fail(f"--dataset {name}: not a readable CSV of numbers, one series a row, "
+                 f"without a header ({problem})")
+        if len(x) < 2 or not np.isfinite(span):
+            fail(f"--dataset {name}: needs at least 2 rows of finite numbers")
+        x = 2 * (x - x.min()) / (span or 1) - 1
     x = torch.from_numpy(x).float()[:, None]
     held_out = max(1, len(x) // 10)
     return Data(name, x[held_out:], x[:held_out])
+
+
+def _check_name(name, allowed):
+    """End the program where a name is none of `allowed`, with the nearest that is."""
+    head, colon, path = name.partition(":")
+    if (f"{head}:PATH" if colon else name) in allowed:
+        if colon and not path:
+            fail(f"--dataset {name}: needs a path behind the colon, {head}:PATH")
+        return
+    known = {each.partition(":")[0]: each
+             for each in (*IMAGE_NAMES, *POINTS, *SERIES_NAMES)}
+    near = difflib.get_close_matches(head.lower().replace("-", "_"), known, 1)
+    hint = f"; the nearest is {known[near[0]]}" if near else ""
+    if os.path.isdir(os.path.expanduser(name)):
+        hint = f"; that folder is folder:{name}"
+    elif near and near[0] in POINTS and near[0] not in allowed:
+        hint += ", points in the plane, which score_based_diffusion_example.py takes"
+    elif near and known[near[0]] not in allowed:
+        hint += ", which is not read here"
+    fail(f"--dataset {name}: must be one of {', '.join(allowed)}{hint}")
 
 
 def _digits():
@@ -209,89 +252,103 @@ def _fit(x, size):
 def _downloaded(name):
     from torchvision import datasets
 
-    kind = {"mnist": datasets.MNIST,
-            "fashion_mnist": datasets.FashionMNIST,
-            "cifar10": datasets.CIFAR10}[name]
-    parts = []
+    word = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+    folder, files = CACHE, ["cifar-10-python.tar.gz"]
+    if name != "cifar10":
+        folder = CACHE / word[name] / "raw"
+        files = [f"{part}-{what}-ubyte.gz" for part in ("train", "t10k")
+                 for what in ("images-idx3", "labels-idx1")]
+        _unpack(name, [folder / file for file in files])
+    x, y = [], []
     for train in (True, False):
         try:
-            raw = kind(CACHE, train=train, download=True)
-        except (OSError, RuntimeError, urllib.error.URLError):
-            fail(f"--dataset {name}: could not be downloaded to {CACHE} (no network?); "
-                 f"these need none: {', '.join(OFFLINE)}, folder:PATH")
-        pixels = torch.as_tensor(np.asarray(raw.data))
+            raw = getattr(datasets, word[name])(CACHE, train=train, download=True)
+            pixels = torch.as_tensor(np.asarray(raw.data))
+        except (AssertionError, OSError, RuntimeError, ValueError,
+                HTTPException) as problem:
+            if getattr(problem, "filename", 0) and not isinstance(problem, URLError):
+                fail(f"--dataset {name}: {folder} cannot be read and written "
+                     f"({problem.strerror})")
+            reason = (str(problem).strip() or type(problem).__name__).splitlines()[-1]
+            fail(f"--dataset {name}: neither whole in {folder} nor downloaded "
+                 f"({reason}); put {', '.join(files)} there by hand, or take one that "
+                 f"needs no network: {', '.join(OFFLINE)}, folder:PATH")
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-        parts.append((to_unit(pixels), torch.as_tensor(raw.targets).long()))
-    (train, train_labels), (test, test_labels) = parts
-    classes = tuple(map(str, raw.classes))
-    return Data(name, train, test, train_labels, test_labels, classes)
+        x.append(to_unit(pixels))
+        y.append(torch.as_tensor(raw.targets).long())
+    return Data(name, *x, *y, tuple(map(str, raw.classes)))
 
 
-def _folder(path, size):
-    """A person's own pictures, resized and centre-cropped; subfolders are classes."""
-    from PIL import Image, UnidentifiedImageError
-    from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    try:
-        flat = sorted(p for p in path.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
-        nested = any(p.is_dir() for p in path.iterdir())
-    except OSError as problem:
-        fail(f"--dataset folder:{path}: cannot be read ({problem.strerror})")
-    files, classes = [(str(p), 0) for p in flat], ()
-    if not flat and nested:
+def _unpack(name, files):
+    """Unpack .gz files: torchvision takes only those with the checksums it knows."""
+    for file in filter(Path.exists, files):
+        unpacked = file.with_suffix("")
+        scratch = file.with_suffix(f".{os.getpid()}.tmp")
         try:
-            found = ImageFolder(path, allow_empty=True)
-        except (OSError, FileNotFoundError) as problem:
-            fail(f"--dataset folder:{path}: cannot be read ({problem})")
-        files, classes = found.samples, tuple(found.classes)
-    images, labels, broken = [], [], []
-    for file, label in files:
-        try:
-            with Image.open(file) as picture:
-                resized = TF.resize(picture.convert("RGB"), size, antialias=True)
-                images.append(TF.pil_to_tensor(TF.center_crop(resized, size)))
-                labels.append(label)
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError):
-            broken.append(file)
-    if broken:
-        names = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
-        print(f"skipped {len(broken)} broken picture(s): {names}")
-    if len(images) < 2:
-        fail(f"--dataset folder:{path}: needs at least 2 readable pictures "
-             f"({', '.join(IMG_EXTENSIONS)}), found {len(images)}")
-    x, y = to_unit(torch.stack(images)), torch.tensor(labels)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    held_out = max(1, len(x) // 10)
-    test, train = order[:held_out], order[held_out:]
-    if not classes:
-        return Data(f"folder:{path}", x[train], x[test])
-    return Data(f"folder:{path}", x[train], x[test], y[train], y[test], classes)
+            packed = file.read_bytes()
+            size = int.from_bytes(packed[-4:], "little")  # a .gz ends with it
+            if not unpacked.exists() or unpacked.stat().st_size != size:
+                scratch.write_bytes(gzip.decompress(packed))
+                os.replace(scratch, unpacked)
+        except (OSError, EOFError, zlib.error) as problem:
+            fail(f"--dataset {name}: {file} cannot be unpacked ({problem}); "
+                 "without it, it is downloaded again")
+
+
+def _own(name, pixels, y, classes):
+    """A person's pictures as Data, without labels where there are no classes."""
+    x, (test, train) = to_unit(pixels), _hold_out(y)
+    labels = (y[train], y[test], classes) if classes else ()
+    return Data(name, x[train], x[test], *labels)
+
+
+def _hold_out(y):
+    """Indices of (test, train) for labels y (N,): a tenth of each class, 1 at least.
+
+    The last picture of a class is held out only where no class has two.
+    """
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    share = torch.empty(len(y))
+    for label in y.unique():
+        own = order[y[order] == label]
+        share[own] = torch.arange(1, len(own) + 1) / len(own)
+    order = order[share[order].argsort(stable=True)]
+    return order.tensor_split([max(1, len(y) // 10)])
 
 
 # What is kept between runs
 
 
 def cached(name, key, make, fit):
-    """make() with weights from data/<name>_<digest of key>.pt, else fitted and kept.
+    """make() with the weights kept under name and key, else fitted and then kept.
 
+    They are looked for in pretrained/, which is shipped, and in data/.
     fit(module) returns False where it was interrupted: its weights are not kept.
+    With fit=None they are never made: None where there are none.
     A file that cannot be read is made again; one that cannot be written is forgone.
     """
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:10]
-    file = CACHE / f"{name.replace(':', '_').replace('/', '_')}_{digest}.pt"
-    try:
-        module = make()
-        module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        return module
-    except Exception:  # absent, cut short or foreign: it is only a cache
-        module = make()
+    digest = hashlib.sha256(repr((name, key)).encode()).hexdigest()[:10]
+    # A name may be a long path: a part of it for the reader, the digest is the name.
+    file = f"{re.sub(r'[^a-zA-Z0-9]+', '_', name)[:40]}_{digest}.pt"
+    for folder in (ROOT / "pretrained", CACHE):
+        try:
+            kept = torch.load(folder / file, map_location="cpu", weights_only=True)
+            module = make()
+            module.load_state_dict(kept)
+            return module
+        except Exception:  # absent, cut short or foreign: it is only a cache
+            pass
+    if fit is None:
+        return None
+    module = make()
     if fit(module) is not False:
         try:
             CACHE.mkdir(parents=True, exist_ok=True)
-            scratch = file.with_suffix(f".{os.getpid()}.tmp")
-            torch.save(module.state_dict(), scratch)
-            os.replace(scratch, file)
-        except OSError as problem:
-            print(f"not kept for the next run: {file} ({problem.strerror})")
+            scratch = CACHE / f"{file}.{os.getpid()}.tmp"
+            with open(scratch, "wb") as stream:  # of a path, torch would keep the name
+                torch.save(module.state_dict(), stream)
+            os.replace(scratch, CACHE / file)
+        except (OSError, RuntimeError) as problem:  # the latter is torch's
+            reason = getattr(problem, "strerror", None) or "cannot be written"
+            say(f"not kept for the next run: {CACHE / file} ({reason})")
     return module

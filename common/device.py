@@ -54,8 +54,8 @@ class Launch:
 
 def launch(name="auto"):
     """Choose the device; under torchrun, join the group (NCCL on CUDA, else gloo)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    rank, world, local = (_whole_number(*item) for item in names.items())
     device = pick_device(name)
     if device.type == "cuda":
         device = torch.device("cuda", local % torch.cuda.device_count())
@@ -63,6 +63,13 @@ def launch(name="auto"):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Launch(device, rank, world)
+
+
+def _whole_number(variable, default):
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        fail(f"{variable}={value}: must be a whole number, as torchrun sets it")
+    return int(value)
 
 
 def pick_device(name="auto"):
@@ -199,6 +206,7 @@ class Meter:
             hook.remove()
 
 
+@torch.enable_grad()  # a figure is drawn without gradients
 def training_cost(model, loss, *args, repeats=3):
     """What a training step costs, loss(model, *args) being a scalar.
 

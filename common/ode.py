@@ -9,7 +9,7 @@ def solve(velocity, state, t, s, tolerance):
     """d state/dt = velocity(state, t) by adaptive RK45: yields (t, state) from t to s.
 
     state: a tuple of tensors, and so are velocity's answers. tolerance: both relative
-    and absolute. RuntimeError where the solver gives up.
+    and absolute. ArithmeticError where the solver gives up.
     """
     sizes = np.cumsum([part.numel() for part in state])[:-1]
 
@@ -18,13 +18,14 @@ def solve(velocity, state, t, s, tolerance):
         return np.concatenate([array.ravel() for array in arrays])
 
     def unpack(flat):
-        return tuple(torch.from_numpy(part).to(like.device, like.dtype).view_as(like)
+        return tuple(torch.from_numpy(part).to(like.dtype).to(like.device).view_as(like)
                      for part, like in zip(np.split(flat, sizes), state, strict=True))
 
     def rhs(u, flat):
+        u = np.clip(u, min(t, s), max(t, s))  # scipy 1.11 looks beyond the ends
         slope = pack(velocity(unpack(flat), float(u)))
         if not np.isfinite(slope).all():  # of which the solver would never tire
-            raise RuntimeError(f"the ODE solver stopped at t = {u:g}: nan or inf")
+            raise ArithmeticError(f"the ODE solver stopped at t = {u:g}: nan or inf")
         return slope
 
     solver = RK45(rhs, t, pack(state), s, rtol=tolerance, atol=tolerance)
@@ -33,4 +34,4 @@ def solve(velocity, state, t, s, tolerance):
         failure = solver.step()
         yield solver.t, unpack(solver.y)
     if solver.status == "failed":
-        raise RuntimeError(f"the ODE solver stopped at t = {solver.t:g}: {failure}")
+        raise ArithmeticError(f"the ODE solver stopped at t = {solver.t:g}: {failure}")

@@ -2,55 +2,115 @@
 
 A figure function of a script says which tensors, and the words beside them.
 Every function writes one file. Images are (B, C, H, W) in [-1, 1], points (N, 2).
+matplotlib is imported on the first drawing, and never pyplot: a notebook's own
+figures keep their backend and their style.
 """
 
+import contextlib
+import functools
 import math
+import os
+import traceback
+from pathlib import Path
 
-import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-matplotlib.use("Agg")
+from .cli import in_kernel, say
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
-from torchvision.utils import make_grid  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
-from .metrics import nearest_neighbours  # noqa: E402
-
-plt.rcParams.update({
-    "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
-    "figure.dpi": 110, "savefig.bbox": "tight", "axes.titlesize": 12})
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
+         "figure.dpi": 110, "savefig.bbox": "tight", "axes.titlesize": 12}
 
 
-def finish(figure, path, title=""):
-    """Give a figure its title, save it, close it."""
+def figure(draw):
+    """Decorator of a function that draws: without gradients, in the style used here.
+
+    An error is told in one line and the program goes on: neither the other figures
+    nor the run depend on this one.
+    """
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs):
+        try:
+            import matplotlib
+            quiet = np.errstate(all="ignore")  # of NaN and infinity, drawn as can be
+            with torch.no_grad(), quiet, matplotlib.rc_context(STYLE):
+                return draw(*args, **kwargs)
+        except Exception as problem:
+            first = next(iter([*args, *kwargs.values()]), None)
+            name = f" {first}" if isinstance(first, (str, os.PathLike)) else ""
+            text = next(iter(str(problem).splitlines()), "")
+            ours = [f"{Path(frame.f_code.co_filename).name}:{line}"
+                    for frame, line in traceback.walk_tb(problem.__traceback__)
+                    if Path(frame.f_code.co_filename).is_relative_to(ROOT)]
+            say(f"{draw.__name__}{name}: not drawn, {type(problem).__name__}: {text} "
+                f"({ours[-1]})")
+
+    return drawn
+
+
+def _write(path, save):
+    """Write a picture whole or not at all: save(file, format). A notebook shows it."""
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        save(scratch, path.suffix[1:] or "png")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    if in_kernel():
+        with contextlib.suppress(Exception):
+            from IPython.display import Image, display
+            display(Image(filename=str(path)))
+
+
+def _write_gif(path, pictures, hold, milliseconds):
+    """Write PIL images as an animated GIF that holds the last one."""
+    first, *rest = pictures + [pictures[-1]] * hold
+    _write(path, lambda file, _: first.save(
+        file, "gif", save_all=True, append_images=rest, duration=milliseconds, loop=0))
+
+
+def _axes(n, width, height, **options):
+    """A figure of so many inches, and its n axes side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    sheet = Figure(figsize=(width, height))
+    FigureCanvasAgg(sheet)
+    return sheet, sheet.subplots(1, n, squeeze=False, **options)[0]
+
+
+def _finish(sheet, path, title=""):
+    """Give a figure its title and write it."""
     if title:
-        figure.suptitle(title)
-    if title or len(figure.axes) > 1:
-        figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+        sheet.suptitle(title)
+    if title or len(sheet.axes) > 1:
+        sheet.tight_layout()
+    _write(path, lambda file, kind: sheet.savefig(file, format=kind))
 
 
 def to_numpy(x):
     """A tensor, or what numpy takes, as an array on the CPU."""
-    return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+    if isinstance(x, torch.Tensor):
+        x = x.detach().cpu()
+        x = x.float() if x.dtype == torch.bfloat16 else x  # which numpy has not
+    return np.asarray(x)
 
 
 # Pictures
 
 
 def to_rgb(x):
-    """Images of any channel count -> (B, 3, H, W) in [0, 1]."""
-    x = (x.detach().float().cpu() / 2 + 0.5).clamp(0, 1)
+    """Images -> (B, 3, H, W) in [0, 1]: three channels, or the first; NaN is black."""
+    x = (x.detach().cpu().float() / 2 + 0.5).nan_to_num(0, 1, 0).clamp(0, 1)
     return x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1)
 
 
 def tile(x, columns, pad=1):
     """Images -> one (H', W', 3) array, `columns` a row."""
+    from torchvision.utils import make_grid
     picture = make_grid(to_rgb(x), nrow=columns, padding=pad, pad_value=0.35)
     return picture.permute(1, 2, 0).numpy()
 
@@ -67,29 +127,27 @@ def evenly(items, n):
     return [items[round(i * last / intervals)] for i in range(n)]
 
 
+@figure
 def grid(path, x, columns, title):
     """One grid of images."""
     picture = tile(x, columns)
     width = min(10.0, max(5.0, picture.shape[1] / 40))
     height = width * picture.shape[0] / picture.shape[1] + 0.5
-    figure, axis = plt.subplots(figsize=(width, height))
+    sheet, [axis] = _axes(1, width, height)
     axis.imshow(picture, interpolation="nearest")
     axis.axis("off")
     axis.set_title(title)
-    finish(figure, path)
+    _finish(sheet, path)
 
 
+@figure
 def panels(path, parts, title, columns=None, limit=2.3):
-    """Grids of images, or clouds of points, side by side.
-
-    parts: (subtitle, tensor) pairs.
-    """
+    """Grids of images, or clouds of points, side by side; parts: (subtitle, tensor)."""
     points = parts[0][1].ndim == 2
     width = min(4.4, 16 / len(parts))
     height = width + (0.6 if points else 0.8)
-    figure, axes = plt.subplots(1, len(parts), figsize=(width * len(parts), height),
-                                squeeze=False)
-    for axis, (subtitle, x) in zip(axes[0], parts, strict=True):
+    sheet, axes = _axes(len(parts), width * len(parts), height)
+    for axis, (subtitle, x) in zip(axes, parts, strict=True):
         if points:
             axis.scatter(*to_numpy(x).T, s=2, alpha=0.4)
             axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal",
@@ -98,9 +156,10 @@ def panels(path, parts, title, columns=None, limit=2.3):
             axis.imshow(tile(x, columns or square(len(x))), interpolation="nearest")
             axis.axis("off")
         axis.set_title(subtitle)
-    finish(figure, path, title)
+    _finish(sheet, path, title)
 
 
+@figure
 def samples(path, drawn, data, title, how="samples"):
     """What was drawn beside held-out data: at most 64 images, or 5,000 points, each."""
     n = min(5000 if drawn.ndim == 2 else 64, len(drawn))
@@ -108,9 +167,12 @@ def samples(path, drawn, data, title, how="samples"):
     panels(path, [(how, drawn[:n]), ("real, held out", data.test[:n])], title, columns)
 
 
+@figure
 def table(path, rows, title, row_labels=(), column_labels=(), cell=0.95):
     """A table of pictures; rows: images, one tensor a row of the table."""
-    columns = max(len(row) for row in rows)
+    columns = max((len(row) for row in rows), default=0)
+    if not columns:
+        return
     H, W = max(row.shape[-2] for row in rows), max(row.shape[-1] for row in rows)
     gap = max(1, H // 14)
     canvas = np.ones((len(rows) * (H + gap), columns * (W + gap), 3))
@@ -120,7 +182,7 @@ def table(path, rows, title, row_labels=(), column_labels=(), cell=0.95):
             top, left = i * (H + gap), j * (W + gap)
             canvas[top:top + H, left:left + W] = picture
     height = cell * len(rows) * (H + gap) / (W + gap)
-    figure, axis = plt.subplots(figsize=(cell * columns, height))
+    sheet, [axis] = _axes(1, cell * columns, height)
     axis.imshow(canvas[:-gap, :-gap], interpolation="nearest", aspect="auto")
     axis.set_position([0, 0, 1, 1])
     axis.set_frame_on(False)
@@ -131,15 +193,17 @@ def table(path, rows, title, row_labels=(), column_labels=(), cell=0.95):
     axis.set_xticks(across, column_labels, fontsize=10)
     axis.set_yticks(down, row_labels)
     axis.set_title(title, fontsize=12, pad=10)
-    finish(figure, path)
+    _finish(sheet, path)
 
 
+@figure
 def neighbours(path, drawn, data, n=12):
     """Samples, and under each the nearest training picture with its distance.
 
     The title gives the distance of held-out pictures to theirs: samples that are much
     nearer are copies.
     """
+    from .metrics import nearest_neighbours
     nearest, distance = nearest_neighbours(drawn[:n], data.train)
     held_out = nearest_neighbours(data.test, data.train)[1].mean().item()
     table(path, [drawn[:n], data.train[nearest]],
@@ -148,8 +212,10 @@ def neighbours(path, drawn, data, n=12):
           ["sample", "nearest"], [f"{d:.2f}" for d in distance.tolist()])
 
 
+@figure
 def gif(path, frames, columns, captions, hold=12, milliseconds=80, scale=4):
     """An animated GIF of grids of images, one caption a frame; the last is held."""
+    from PIL import Image, ImageDraw
     pictures = []
     for x, caption in zip(frames, captions, strict=True):
         picture = (tile(x, columns) * 255).round().astype(np.uint8)
@@ -159,14 +225,13 @@ def gif(path, frames, columns, captions, hold=12, milliseconds=80, scale=4):
         canvas.paste(picture.resize(size, Image.NEAREST), (0, 22))
         ImageDraw.Draw(canvas).text((4, 4), caption, fill="black")
         pictures.append(canvas.quantize(32))
-    pictures += [pictures[-1]] * hold
-    pictures[0].save(path, save_all=True, append_images=pictures[1:],
-                     duration=milliseconds, loop=0)
+    _write_gif(path, pictures, hold, milliseconds)
 
 
 # Curves and bars
 
 
+@figure
 def curves(path, parts, title="", height=3.4):
     """Curves, bars or histograms side by side, one axes a part.
 
@@ -183,36 +248,43 @@ def curves(path, parts, title="", height=3.4):
     if not parts:
         return
     width = 5.5 if len(parts) == 1 else 4.4 * len(parts)
-    figure, axes = plt.subplots(1, len(parts), figsize=(width, height), squeeze=False)
-    for axis, part in zip(axes[0], parts, strict=True):
+    sheet, axes = _axes(len(parts), width, height)
+    for axis, part in zip(axes, parts, strict=True):
         part = dict(part)
         for label, (x, y, *style) in part.pop("lines", {}).items():
             axis.plot(to_numpy(x), to_numpy(y), *style, label=label)
         for label, (x, y) in part.pop("points", {}).items():
             axis.scatter(to_numpy(x), to_numpy(y), color="C3", zorder=3, label=label)
         if bars := part.pop("bars", None):
-            drawn = axis.bar(*bars[:2], width=bars[2] if len(bars) > 2 else 0.8)
-            if isinstance(bars[0][0], str):
+            x, heights, *width = bars
+            drawn = axis.bar(to_numpy(x), to_numpy(heights), *width)
+            if any(isinstance(name, str) for name in x):
                 axis.bar_label(drawn, fmt="%.3g")
                 axis.margins(y=0.15)
         if (values := part.pop("histogram", None)) is not None:
             axis.hist(to_numpy(values).ravel(), bins=100, range=part["xlim"],
                       density=True, alpha=0.6, label="_values")
         for label, level in part.pop("levels", {}).items():
-            axis.axhline(level, color="0.5", ls=":", label=label)
+            axis.axhline(to_numpy(level).item(), color="0.5", ls=":", label=label)
+        for key, least in zip(("xscale", "yscale"), axis.dataLim.minpos, strict=True):
+            if part.get(key) == "log" and not np.isfinite(least):
+                del part[key]  # nothing is positive, as a log scale needs it
         axis.set(**part)
         _, labels = axis.get_legend_handles_labels()
         if any(not label.startswith("_") for label in labels):
             axis.legend(frameon=False)
-    finish(figure, path, title)
+    _finish(sheet, path, title)
 
 
 def smooth(values, window=50):
-    """Running mean over a trailing window; the same length as values."""
-    total = np.cumsum(np.insert(np.asarray(values, dtype=float), 0, 0.0))
-    ends = np.arange(1, len(values) + 1)
+    """Mean of the finite values in a trailing window; the same length as values."""
+    values = np.insert(np.asarray(values, dtype=float), 0, 0.0)
+    finite = np.isfinite(values)
+    total, count = np.cumsum(np.where(finite, values, 0.0)), np.cumsum(finite)
+    ends = np.arange(1, len(values))
     starts = np.maximum(ends - window, 0)
-    return (total[ends] - total[starts]) / (ends - starts)
+    with np.errstate(all="ignore"):  # NaN where a window has none
+        return (total[ends] - total[starts]) / (count[ends] - count[starts])
 
 
 def loss_curve(log, title, column="loss"):
@@ -238,65 +310,62 @@ def loss_by_t(loss, edges, title):
 # Points in the plane
 
 
+@figure
 def fields(path, parts, title, limit=2.3):
-    """Arrows over points, one axes a part.
-
-    parts: (subtitle, points, where (N, 2), arrows (N, 2)) each.
-    """
-    figure, axes = plt.subplots(1, len(parts), figsize=(3.8 * len(parts), 4),
-                                squeeze=False)
-    for axis, (subtitle, points, where, arrows) in zip(axes[0], parts, strict=True):
+    """Arrows over points; parts: (subtitle, points, where (N, 2), arrows (N, 2))."""
+    sheet, axes = _axes(len(parts), 3.8 * len(parts), 4)
+    for axis, (subtitle, points, where, arrows) in zip(axes, parts, strict=True):
         axis.scatter(*to_numpy(points).T, s=2, alpha=0.35, color="C1")
         axis.quiver(*to_numpy(where).T, *to_numpy(arrows).T, color="C0", width=0.003)
         axis.set(title=subtitle, aspect="equal",
                  xlim=(-limit, limit), ylim=(-limit, limit))
-    finish(figure, path, title)
+    _finish(sheet, path, title)
 
 
+@figure
 def paths(path, parts, points, title):
-    """Ways through the plane, from a cross to a dot.
-
-    parts: (subtitle, states (steps, N, 2)) each; points: the data.
-    """
-    figure, axes = plt.subplots(1, len(parts), figsize=(5 * len(parts), 5),
-                                sharex=True, sharey=True, squeeze=False)
-    for axis, (subtitle, states) in zip(axes[0], parts, strict=True):
+    """Ways from cross to dot over points; parts: (subtitle, states (steps, N, 2))."""
+    sheet, axes = _axes(len(parts), 5 * len(parts), 5, sharex=True, sharey=True)
+    for axis, (subtitle, states) in zip(axes, parts, strict=True):
         states = to_numpy(states)
         axis.scatter(*to_numpy(points).T, s=1, color="0.8")
         axis.plot(states[..., 0], states[..., 1], lw=0.9, alpha=0.8)
         axis.scatter(*states[0].T, s=18, marker="x", color="0.3", zorder=3)
         axis.scatter(*states[-1].T, s=18, color="k", zorder=3)
         axis.set(title=subtitle, aspect="equal")
-    finish(figure, path, title)
+    _finish(sheet, path, title)
 
 
+@figure
 def densities(path, parts, title, limit):
     """Densities on a square, in one colour scale: that of the last, the true one.
 
     parts: (subtitle, density (side, side)) each; limit: half the side of the square.
     """
-    figure, axes = plt.subplots(1, len(parts), figsize=(4.5 * len(parts), 4.4),
-                                squeeze=False)
-    _, true_density = parts[-1]
-    top = true_density.max().item()
-    for axis, (subtitle, p) in zip(axes[0], parts, strict=True):
+    sheet, axes = _axes(len(parts), 4.5 * len(parts), 4.4)
+    true_density = to_numpy(parts[-1][1])
+    top = true_density[np.isfinite(true_density)].max(initial=0)
+    for axis, (subtitle, p) in zip(axes, parts, strict=True):
         axis.imshow(to_numpy(p).T, origin="lower", vmin=0, vmax=top, cmap="magma",
                     extent=(-limit, limit, -limit, limit))
         axis.set_title(subtitle)
-    finish(figure, path, title)
+    _finish(sheet, path, title)
 
 
+@figure
 def points_gif(path, frames, captions, limit=2.3, hold=12, milliseconds=80):
     """An animated GIF of a cloud of points, one caption a frame; the last is held."""
-    figure, axis = plt.subplots(figsize=(4.2, 4.4), dpi=80)
+    from PIL import Image
+    sheet, [axis] = _axes(1, 4.2, 4.4)
+    sheet.set_dpi(80)
     dots = axis.scatter(*to_numpy(frames[0]).T, s=2, alpha=0.5)
     axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal",
              xticks=[], yticks=[])
-
-    def show(i):
-        dots.set_offsets(to_numpy(frames[min(i, len(frames) - 1)]))
-        axis.set_title(captions[min(i, len(frames) - 1)])
-
-    animation = FuncAnimation(figure, show, frames=len(frames) + hold)
-    animation.save(path, writer=PillowWriter(fps=1000 / milliseconds))
-    plt.close(figure)
+    pictures = []
+    for x, caption in zip(frames, captions, strict=True):
+        dots.set_offsets(to_numpy(x))
+        axis.set_title(caption)
+        sheet.canvas.draw()
+        picture = Image.fromarray(np.array(sheet.canvas.buffer_rgba()))
+        pictures.append(picture.convert("RGB"))
+    _write_gif(path, pictures, hold, milliseconds)

@@ -1,14 +1,17 @@
 """A run: folder, log and checkpoints, and what surrounds a training step or a draw."""
 
-import csv
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
 import signal
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,7 +20,17 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from . import metrics, plotting
-from .cli import check_config, config_from, fail, merge_config, parse_args
+from .cli import (
+    STOPPED,
+    check_config,
+    check_memory,
+    check_seed,
+    config_from,
+    fail,
+    merge_config,
+    parse_args,
+    say,
+)
 from .data import ROOT
 from .device import (
     Meter,
@@ -32,6 +45,7 @@ from .device import (
 )
 
 FORMAT = "diffusion-examples-1"
+HELD = {}  # the run folders that this process trains in, each with its lock
 
 
 def open_run(script, Config, presets, argv=None, reads=()):
@@ -46,15 +60,18 @@ def open_run(script, Config, presets, argv=None, reads=()):
     cfg, opts = parse_args(Config, presets, argv)
     place = launch(opts.device)
     autocast(place.device, opts.amp)  # refuses what this device cannot do
-    state = folder = None
+    state = folder = where = None
     if opts.sample is not None:
         source = _to_sample(opts, (script, *reads))
-        state = load_checkpoint(source, (script, *reads))
+        where = f"--sample {source}"
+        state = load_checkpoint(source, (script, *reads), where)
     elif opts.resume is not None:
         source = folder = _to_resume(opts, script)
-        state = load_checkpoint(folder, (script,))
-        if not {"optimizer", "random", "loop"} <= set(state):
-            fail(f"--resume {source}: holds no optimiser state, it is for --sample")
+        where = f"--resume {source}"
+        state = load_checkpoint(folder, (script,), where)
+        _check_kinds(state, {"loop": str, "optimizer": dict, "random": list}, where)
+        if opts.seed not in (None, state["seed"]):
+            fail(f"--seed {opts.seed}: {source} goes on with its own, {state['seed']}")
         opts.seed = state["seed"]
     if state is not None:
         opts.preset = opts.preset or state.get("preset")
@@ -64,20 +81,46 @@ def open_run(script, Config, presets, argv=None, reads=()):
         if state["script"] != script:  # what is not shared keeps this script's values
             shared = {k: v for k, v in stored.items() if k in vars(cfg)}
             stored = dataclasses.asdict(cfg) | shared
-        trained = config_from(stored, Config, str(source))
+        trained = config_from(stored, Config, where)
         if opts.resume is not None:  # goes on as it was, but for flags of the draw
+            trained = _train_on(trained, opts.given, state, source)
             cfg = dataclasses.replace(trained, **opts.given)
         cfg = merge_config(trained, cfg, opts.given, str(source))
         check_config(cfg)
     if cfg.batch_size % place.world:
         fail(f"--batch_size {cfg.batch_size}: must be a multiple of {place.world}, the "
              "number of processes")
+    opts.seed = opts.seed or 0
     seed_everything(opts.seed)
     opts.preset = opts.preset or next(iter(presets))
-    run = Run(script, cfg, opts, place, folder, state, begin)
+    run = Run(script, cfg, opts, place, folder, state, begin, where)
     if state is not None:
         run.say(f"loaded {source} (step {state['step']})")
+    if folder and place.main:
+        _hold(folder)
+        run.read_metrics()  # one that cannot be read is told before the training
     return cfg, run
+
+
+def new_run(script, cfg, **settings):
+    """The Run of a Config, without a command line: new_run("ddpm", Config(), seed=1).
+
+    settings: flags of the run by their names: device, seed, out, evaluate, amp, ...
+    """
+    argv = [f"--{name}" if value is True else f"--{name}={value}"
+            for name, value in settings.items()]
+    return open_run(script, type(cfg), {"own": cfg}, argv)[1]
+
+
+def _train_on(trained, given, state, source):
+    """The Config of a run that is resumed, with the number of steps given by hand."""
+    steps, done = given.get("steps", trained.steps), state["step"]
+    if state["loop"] == "model" and steps < done:
+        fail(f"--steps {steps}: must be >= {done}, which {source} has done")
+    if steps != trained.steps:
+        say(f"trains to step {steps} in place of {trained.steps}; the decay of the "
+            "learning rate goes on as if that had been the end from the beginning")
+    return dataclasses.replace(trained, steps=steps)
 
 
 class Run:
@@ -87,7 +130,8 @@ class Run:
     and folder is None.
     """
 
-    def __init__(self, script, cfg, opts, launch, folder=None, state=None, begin=None):
+    def __init__(self, script, cfg, opts, launch, folder=None, state=None, begin=None,
+                 where=""):
         self.script, self.cfg, self.opts, self.launch = script, cfg, opts, launch
         self.device, self.main = launch.device, launch.main
         self.sampling = state is not None and opts.resume is None
@@ -95,6 +139,7 @@ class Run:
         self.stopped, self.saved, self.row = False, 0, {}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=opts.amp == "fp16")
         self._folder, self._state, self._random = folder, state, ()
+        self._where = where  # the state is from
         self._logs, self._board = {}, None
         if opts.tensorboard and self.main:
             try:
@@ -109,10 +154,15 @@ class Run:
         """The run folder, made when first asked for: a mistake leaves nothing."""
         if self._folder is None and self.main:
             self._folder = _new_folder(Path(self.opts.out) / self.script)
-            config = {"script": self.script, "preset": self.opts.preset,
-                      "seed": self.opts.seed, "config": dataclasses.asdict(self.cfg)}
-            self._write("config.json", json.dumps(config, indent=2))
+            self.write_config()
+            self.say(f"run folder: {self._folder}")
         return self._folder
+
+    def write_config(self):
+        """Write config.json, from which --config repeats the run."""
+        config = {"script": self.script, "preset": self.opts.preset,
+                  "seed": self.opts.seed, "config": dataclasses.asdict(self.cfg)}
+        self._write("config.json", json.dumps(config, indent=2))
 
     def path(self, name):
         """Where a file of this run lies."""
@@ -124,22 +174,29 @@ class Run:
         folder.mkdir()
         return Run(self.script, cfg, self.opts, self.launch, folder)
 
-    def _write(self, name, text):
-        scratch = self.path(name + ".tmp")
-        scratch.write_text(text, newline="\n")
-        os.replace(scratch, self.path(name))
+    def _write(self, name, content):
+        """Write a file as a whole: on a full disk the old one stays as it was."""
+        path, scratch = self.path(name), self.path(name + ".tmp")
+        content = content.encode() if isinstance(content, str) else content
+        try:
+            scratch.write_bytes(content)
+            os.replace(scratch, path)
+        except OSError as problem:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+            raise OSError(problem.errno, problem.strerror, str(path)) from None
 
     def log(self, step, name="log.csv", **values):
         """Append one row to a log (and to TensorBoard when asked for)."""
         if not self.main:
             return
         if name not in self._logs:
-            new = not self.path(name).exists()
-            self._logs[name] = open(self.path(name), "a", newline="")
-            if new:
-                self._logs[name].write(",".join(["step", *values]) + "\n")
-        writer = csv.writer(self._logs[name], lineterminator="\n")
-        writer.writerow([step, *values.values()])
+            # not buffered: a row is on disk before the checkpoint that counts it
+            self._logs[name] = file = open(self.path(name), "ab", buffering=0)
+            if not file.tell():
+                file.write((",".join(["step", *values]) + "\n").encode())
+        row = ",".join(map(str, [step, *values.values()])) + "\n"
+        self._logs[name].write(row.encode())
         if self.opts.tensorboard:
             if self._board is None:
                 from torch.utils.tensorboard import SummaryWriter
@@ -147,34 +204,46 @@ class Run:
             for key, value in values.items():
                 self._board.add_scalar(f"{Path(name).stem}/{key}", value, step)
 
-    def flush_log(self):
-        """Put the rows logged so far on disk."""
-        for file in self._logs.values():
-            file.flush()
-
     def read_log(self, name="log.csv"):
-        """A log as {column: list of floats}; empty where there is none."""
-        self.flush_log()
-        if not self.main or not self.path(name).exists():
+        """A log as {column: list of floats}; empty where there is none.
+
+        A row torn by a crash is left out. What is no log ends the program.
+        """
+        file = self.path(name) if self.main else None
+        if not file or not file.exists():
             return {}
-        with open(self.path(name)) as file:
-            rows = list(csv.DictReader(file))
-        columns = rows[0] if rows else ()
-        return {key: [float(row[key]) for row in rows] for key in columns}
+        try:
+            head, *rows = file.read_text("utf-8").splitlines(keepends=True) or [""]
+            whole = [row for row in rows if row.endswith("\n")]
+            pairs = [dict(zip(head.split(","), map(float, row.split(",")), strict=True))
+                     for row in whole]
+            return {name.strip(): [row[name] for row in pairs]
+                    for name in pairs and head.split(",")}
+        except ValueError:
+            fail(f"{file}: is not the log of a run")
 
     def trim_log(self, step, name="log.csv"):
         """Drop the rows after step: a resumed run writes them again."""
         if name in self._logs:
             self._logs.pop(name).close()
-        if self.main and self.path(name).exists():
-            head, *rows = self.path(name).read_text().splitlines(keepends=True)
-            kept = [row for row in rows if int(row.split(",")[0]) <= step]
+        if self.read_log(name):
+            head, *rows = self.path(name).read_text("utf-8").splitlines(keepends=True)
+            kept = [row for row in rows
+                    if row.endswith("\n") and float(row.split(",")[0]) <= step]
             self._write(name, "".join([head, *kept]))
+        elif self.main:  # no whole row: not even the head can be trusted
+            self.path(name).unlink(missing_ok=True)
 
     def read_metrics(self):
         """metrics.json as a dict."""
         file = self.path("metrics.json")
-        return json.loads(file.read_text()) if file.exists() else {}
+        try:
+            found = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            fail(f"{file}: cannot be read as JSON, move it away to go on without it")
+        return found
 
     def add_metrics(self, **values):
         """Merge values into metrics.json."""
@@ -184,8 +253,7 @@ class Run:
 
     def say(self, text):
         """Print a line, from the main process only."""
-        if self.main:
-            tqdm.write(text)
+        say(text)
 
     # Training
 
@@ -194,6 +262,8 @@ class Run:
         if self.opts.evaluate and data.train_labels is None:
             fail(f"--evaluate {self.opts.evaluate}: --dataset {data.name} has no "
                  "labels to score by")
+        numbers, share = data.train[0].numel(), self.cfg.batch_size // self.launch.world
+        check_memory("batch_size", self.cfg.batch_size, 4 * share * numbers)
         return data.to(self.device)
 
     def place(self, module):
@@ -214,6 +284,8 @@ class Run:
         checkpoint, no resume.
         """
         modules = {name: model, **others}
+        if keep and self.main:
+            _hold(self.folder)  # a folder that cannot be made is told before
         first = self._resume(name, modules, optimizer) if keep else 0
         if first is None:
             return
@@ -223,8 +295,6 @@ class Run:
         for each in optimizers:
             for group in each.param_groups:
                 group["fused"] = self.device.type != "mps"  # one kernel for all weights
-        if keep and self.main:
-            self.path("checkpoint.pt")  # a folder that cannot be made is told before
         bar = tqdm(range(first, steps), initial=first, total=steps, unit="step",
                    desc=f"train {name}", disable=not self.main, mininterval=0.5)
         self._batch_drawn, self._core, begin = None, 0.0, time.perf_counter()
@@ -260,6 +330,8 @@ class Run:
             hook.remove()
             for module in model.modules():
                 vars(module).pop("forward", None)  # what _dress put on
+            if keep and self.main:
+                _release(self.folder)
             if before and not self.stopped:
                 signal.signal(signal.SIGINT, before)
 
@@ -293,10 +365,10 @@ class Run:
         norm = nn.utils.clip_grad_norm_(parameters, clip).item()
         value, *noted = seen.tolist()
         if not math.isfinite(value):
-            self._diverged("loss", value, optimizer)
+            self._diverged("loss is", value, optimizer)
         if not math.isfinite(norm):
             if not self.scaler.is_enabled():
-                self._diverged("gradient's norm", norm, optimizer)
+                self._diverged("gradient's norm is", norm, optimizer)
             optimizer.zero_grad()  # optimizer.step() leaves what has no gradient alone
         self.scaler.update()
         if not self.row:  # of several in a step the first is logged
@@ -304,7 +376,7 @@ class Run:
                         **dict(zip(notes, noted, strict=True))}
 
     def _diverged(self, what, value, optimizer):
-        fail(f"the {what} is {value} at step {self.step + 1}, a learning rate of "
+        fail(f"the {what} {value} at step {self.step + 1}, a learning rate of "
              f"{optimizer.defaults['lr']:g} may be too high; the last good checkpoint "
              f"is that of step {self.saved} in {self.folder}")
 
@@ -325,7 +397,10 @@ class Run:
                 self.launch.broadcast(module)
         rank, states = self.launch.rank, self._random
         if rank < len(states):
-            set_random_state(states[rank], self.device)
+            try:
+                set_random_state(states[rank], self.device)
+            except Exception:  # what is damaged makes it raise any of several kinds
+                fail(f"{self._where}: its random state cannot be read")
         elif rank:
             torch.manual_seed(self.opts.seed + 1_000_003 * rank + first)
         self._random = ()
@@ -367,7 +442,8 @@ class Run:
 
     def _listen(self):
         """Answer Ctrl-C in place of Python; returns what answered before."""
-        if not self.main or self.launch.world > 1:
+        here = threading.current_thread() is threading.main_thread()
+        if not self.main or self.launch.world > 1 or not here:
             return None
         before = signal.getsignal(signal.SIGINT)
         signal.signal(signal.SIGINT, self._interrupt)
@@ -375,15 +451,17 @@ class Run:
 
     def _interrupt(self, *_):
         if self.stopped:
-            os._exit(130)
+            os._exit(STOPPED)
         self.stopped = True
-        tqdm.write("stopping: saving and sampling what there is (Ctrl-C again leaves)")
+        say("stopping: saving and sampling what there is (Ctrl-C again leaves)")
 
     # Checkpoints
 
     def _save(self, step, loop, modules, optimizer):
         """Write checkpoint.pt under a temporary name, then rename it."""
         states = self.launch.gather(random_state(self.device))
+        if not all(map(is_finite, modules.values())):
+            self._diverged("weights are", "not finite", optimizer)
         self.saved = step
         if not self.main:
             return
@@ -392,11 +470,9 @@ class Run:
                  "config": dataclasses.asdict(self.cfg),
                  "optimizer": optimizer.state_dict(), "random": states,
                  **{name: module.state_dict() for name, module in modules.items()}}
-        self.flush_log()
-        scratch = self.path("checkpoint.pt.tmp")
-        with open(scratch, "wb") as file:
-            torch.save(_anew(state), file)
-        os.replace(scratch, self.path("checkpoint.pt"))
+        packed = io.BytesIO()
+        torch.save(_anew(state), packed)
+        self._write("checkpoint.pt", packed.getbuffer())
 
     def _resume(self, loop, modules, optimizer):
         """Put the checkpoint of --resume back: the number of steps done, 0 without one.
@@ -408,22 +484,26 @@ class Run:
             return 0
         for name, module in modules.items():
             if name in state:
-                restore(module, state[name])
+                restore(module, state[name], self._where)
             elif state["loop"] == loop:
-                fail(f"--resume {self.folder}: its checkpoint holds no {name}")
+                fail(f"{self._where}: its checkpoint holds no {name}")
         if state["loop"] != loop:
             return None
         self._state = None
-        restore(optimizer, state["optimizer"])
+        restore(optimizer, state["optimizer"], self._where)
         self._random = state["random"]
+        if self.main:
+            self.write_config()  # with the steps that may have been given anew
         self.trim_log(state["step"], _log_name(loop))
         return state["step"]
 
     def trained(self, module, name="ema"):
         """The module with its weights from the checkpoint of --sample, in eval mode."""
         if name not in self._state:
-            fail(f"--sample {self.opts.sample}: holds no {name} (stopped too early?)")
-        restore(module, self._state[name])
+            fail(f"{self._where}: holds no {name} (stopped too early?)")
+        restore(module, self._state[name], self._where)
+        if not is_finite(module):
+            fail(f"{self._where}: its weights are not finite numbers")
         return self.place(module).eval().requires_grad_(False)
 
     # Sampling
@@ -442,6 +522,9 @@ class Run:
             for batch in batches:
                 for _, x in states(batch):
                     bar.update()
+                if not x.isfinite().all():
+                    raise ArithmeticError("the samples are not finite numbers: the "
+                                          "network has diverged (--lr too high?)")
                 parts.append(x)
         return torch.cat(parts), {
             "n": n, "seconds": meter.seconds,
@@ -473,14 +556,21 @@ class Run:
         scores = found.get("samples", {}) | found.get("evaluation", {})
         facts = [("trained", found.get("train_seconds"), "{:.0f} s"),
                  ("sampled", found.get("sampling", {}).get("seconds"), "{:.0f} s"),
-                 ("the classifier is sure of", scores.get("sure"), "{:.0%}"),
-                 ("and agrees with", scores.get("accuracy"), "{:.1%} of the labels"),
-                 ("Fréchet distance in its features", scores.get("frechet_distance"),
-                  "{:.1f}"),
+                 ("legible", scores.get("legible"), "{:.0%}" + _scatter(scores)),
+                 ("as asked", scores.get("accuracy"), "{:.1%}"),
+                 ("Fréchet distance in the judge's features",
+                  scores.get("frechet_distance"), "{:.1f}"),
                  ("all in", found["total_seconds"], "{:.0f} s")]
         line = ", ".join(f"{name} {form.format(x)}" for name, x, form in facts
                          if x is not None)
         self.say(f"{line}; figures and metrics.json in {self.folder}")
+
+
+def _scatter(scores):
+    """How far the share that is legible scatters from one draw to the next."""
+    n, k = scores.get("n", 0) + 4, scores.get("legible", 0) * scores.get("n", 0) + 2
+    error = math.sqrt(k / n * (1 - k / n) / n)  # of Agresti and Coull: not 0 at 0 %
+    return f" ± {100 * error:.0f} points (n = {scores.get('n', 0)})"
 
 
 def _log_name(loop):
@@ -527,8 +617,33 @@ def _new_folder(parent):
             if not parent.is_dir():
                 fail(f"--out {parent.parent}: is not a folder")
             count += 1
-        except OSError as problem:
-            fail(f"--out {parent.parent}: cannot be written ({problem.strerror})")
+        except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
+            reason = getattr(problem, "strerror", problem)
+            fail(f"--out {str(parent.parent)!r}: cannot be written ({reason})")
+
+
+def _hold(folder):
+    """Keep other trainings out of a run folder; ends the program where one is in it."""
+    try:
+        import fcntl  # absent on Windows
+    except ImportError:
+        return
+    if folder.resolve() in HELD:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        HELD[folder.resolve()] = handle
+    except BlockingIOError:
+        fail(f"--resume {folder}: another process is training in it")
+    except OSError:  # a file system without locks
+        os.close(handle)
+
+
+def _release(folder):
+    """Undo _hold."""
+    if folder.resolve() in HELD:
+        os.close(HELD.pop(folder.resolve()))
 
 
 def newest(out, scripts):
@@ -554,33 +669,68 @@ def _to_resume(opts, script):
     source = opts.resume or newest(opts.out, (script,))
     if source is None:
         fail(f"--resume: no run of {script} under {opts.out}")
-    return Path(source).parent if Path(source).is_file() else Path(source)
+    source = Path(source)
+    if not _exists(source, Path.is_file):
+        return source
+    if source.name != "checkpoint.pt":
+        fail(f"--resume {source}: must be a run folder or the checkpoint.pt in it")
+    return source.parent
 
 
-def load_checkpoint(path, scripts):
-    """The dict in a checkpoint file, or in a run folder, of one of these scripts."""
-    path = Path(path)
-    file = path / "checkpoint.pt" if path.is_dir() else path
-    if not file.is_file():
-        fail(f"{file}: no such checkpoint")
+def _exists(path, kind):
+    """kind(path), Path.is_file or is_dir; no name is too long or odd to ask."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        return kind(path)
+    except (OSError, ValueError):
+        return False
+
+
+def load_checkpoint(path, scripts, where=None):
+    """The dict in a checkpoint file, or in a run folder, of one of these scripts.
+
+    where: what errors begin with, such as "--sample FILE"; else with the path.
+    """
+    path, where = Path(path), where or path
+    file = path / "checkpoint.pt" if _exists(path, Path.is_dir) else path
+    if not _exists(file, Path.is_file):
+        fail(f"{where}: no such checkpoint")
+    try:
+        with warnings.catch_warnings():  # of a foreign pickle: the error below says it
+            warnings.simplefilter("ignore")
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # a foreign file makes torch.load raise any of a dozen kinds
-        fail(f"{file}: truncated, or not a checkpoint of plain tensors")
+        fail(f"{where}: truncated, or not a checkpoint of plain tensors")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        fail(f"{file}: not a checkpoint of this collection")
-    if missing := {"script", "seed", "step", "config"} - set(state):
-        fail(f"{file}: incomplete, lacks {', '.join(sorted(missing))}")
+        fail(f"{where}: not a checkpoint of this collection")
+    kinds = {"script": str, "seed": int, "step": int, "config": dict}
+    _check_kinds(state, kinds, where)
+    check_seed(state["seed"], where)
     if state["script"] not in scripts:
-        fail(f"{file}: made by {state['script']}_example.py, this script reads "
+        fail(f"{where}: made by {state['script']}_example.py, this script reads "
              f"{' or '.join(f'{s}_example.py' for s in scripts)}")
     return state
 
 
-def restore(module, state, where="checkpoint"):
+def _check_kinds(state, kinds, where):
+    """End the program where a checkpoint lacks an entry or has one of another type."""
+    if missing := sorted(set(kinds) - set(state)):
+        fail(f"{where}: incomplete, lacks {', '.join(missing)}")
+    for name, kind in kinds.items():
+        if type(state[name]) is not kind:
+            fail(f"{where}: damaged, {name} is of type {type(state[name]).__name__}, "
+                 f"must be {kind.__name__}")
+
+
+def is_finite(module):
+    """Whether all weights and buffers are finite numbers."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in
+               module.state_dict().values() if isinstance(tensor, torch.Tensor))
+
+
+def restore(module, state, where):
     """module.load_state_dict(state); a state that does not fit ends the program."""
     try:
         module.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
+    except Exception:  # what is damaged makes it raise any of half a dozen kinds
         kind = "weights do" if isinstance(module, nn.Module) else "optimiser state does"
         fail(f"{where}: its {kind} not fit what its Config describes")

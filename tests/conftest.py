@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import runs
+from common import plotting, runs
 from common.data import load_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,6 +177,16 @@ def spied(monkeypatch, owner, name, look):
         return out
 
     monkeypatch.setattr(owner, name, watched)
+
+
+@pytest.fixture(autouse=True)
+def _figures_are_drawn(request, monkeypatch):
+    """A figure that cannot be drawn is only told in a run; here it fails the test."""
+    def fails(text):
+        raise AssertionError(text)
+
+    if "may_not_draw" not in request.keywords:
+        monkeypatch.setattr(plotting, "say", fails)
 
 
 @pytest.fixture(autouse=True)

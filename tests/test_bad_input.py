@@ -28,7 +28,8 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     out = tmp_path / "out" if out is None else out
     before = sorted(p for p in tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        main(["--preset", "smoke", "--out", str(out), *map(str, argv)])
+        preset = [] if "--preset" in argv else ["--preset", "smoke"]
+        main([*preset, "--out", str(out), *map(str, argv)])
     captured = capsys.readouterr()
     assert stop.value.code == 2
     said = captured.err.strip().splitlines()
@@ -52,8 +53,8 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     (["--T"], ["--T"]),
     (["--lr", "fast"], ["--lr", "fast"]),
     (["--mults", "1", "x"], ["--mults", "x"]),
-    (["--T", "0"], ["--T 0", ">= 1"]),
-    (["--T", "-5"], ["--T -5", ">= 1"]),
+    (["--T", "0"], ["--T 0", "in [1, 1e6]"]),
+    (["--T", "-5"], ["--T -5", "in [1, 1e6]"]),
     (["--lr", "-0.001"], ["--lr -0.001", "> 0"]),
     (["--lr", "0"], ["--lr 0", "> 0"]),
     (["--lr", "nan"], ["--lr nan", "> 0"]),
@@ -84,12 +85,12 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     (["--weight_decay", "-1"], ["--weight_decay -1", ">= 0"]),
     (["--warmup", "-1"], ["--warmup -1", ">= 0"]),
     (["--steps", "0"], ["--steps 0", ">= 1"]),
-    (["--n_samples", "0"], ["--n_samples 0", ">= 1"]),
+    (["--n_samples", "0"], ["--n_samples 0", "in [1, 1e6]"]),
     (["--preview_every", "0"], ["--preview_every 0", ">= 1"]),
     (["--amp", "fp8"], ["--amp fp8", "off", "bf16", "fp16"]),
     (["--seed", "-1"], ["--seed -1"]),
     (["--seed", str(2**63)], [f"--seed {2**63}"]),
-    (["--evaluate", "1"], ["--evaluate 1", ">= 10"]),
+    (["--evaluate", "1"], ["--evaluate 1", "in [10, 1e6]"]),
     (["--resume", "--sample"], ["--resume", "--sample"]),
     (["--config", "/no/such/config.json"], ["--config /no/such/config.json"]),
     (["--sample", "/no/such/checkpoint.pt"], ["/no/such/checkpoint.pt"]),
@@ -97,12 +98,29 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     (["--resume"], ["--resume"]),
     (["--dataset", "folder:/no/such/folder"], ["--dataset folder:/no/such/folder"]),
     (["--dataset", "folder:"], ["folder:"]),
+    (["--dataset", "moons"], ["--dataset moons", "two_moons", "score_based"]),
+    (["--learning_rate", "1"], ["--learning_rate", "--lr"]),
+    (["--steps", "3", "--steps=4"], ["--steps: is given 2 times"]),
+    (["--batch_size", "3", "--batch-size", "3"], ["--batch-size: is given 2 times"]),
+    (["--flip", "--no-flip"], ["--flip: is given 2 times"]),
+    (["--T", "1000000000"], ["--T 1000000000: must be in [1, 1e6]"]),
+    (["--steps", "1" + 400 * "0"], ["--steps 1000", "at most 1e9"]),
+    (["--n_samples", "1" + 5000 * "0"], ["--n_samples"]),
+    (["--channels", "1000000"], ["--channels 1000000: needs", "GB"]),
+    (["--batch_size", "1000000000"], ["--batch_size 1000000000: needs", "GB"]),
+    (["--blocks", "1000000"], ["--blocks 1000000: must be in [1, 100]"]),
+    (["--evaluate", "1" + 30 * "0"], ["--evaluate 1000", "in [10, 1e6]"]),
+    (["--out", "a\0b"], ["--out"]),
+    (["--sample", "a\0b"], ["--sample"]),
+    (["--sample", 300 * "a"], ["--sample aaa", "no such checkpoint"]),
+    (["--resume", 300 * "a"], ["--resume aaa"]),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) and x and x[0][:2] == "--" else "")
 def test_bad_flags(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # "folder:" alone is the current folder, here without pictures
     said = refused(capsys, tmp_path, *argv)
     for word in words:
         assert word in said, said
+    assert len(said) < 400
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
@@ -111,6 +129,21 @@ def test_absent_accelerator(kind, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     said = refused(capsys, tmp_path, "--device", kind)
     assert f"--device {kind}" in said and "cpu" in said
+
+
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_a_variable_of_torchrun_that_is_no_number(variable, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv(variable, "abc")
+    assert f"{variable}=abc" in refused(capsys, tmp_path)
+
+
+def test_an_attention_that_no_level_has_is_said(capsys):
+    sizes = dict(image_size=28, channels=8, heads=1, groups=4, patch=2)
+    ddpm.UNet(1, mults=(1, 2), attention=(7, 9), **sizes)
+    said = capsys.readouterr().out
+    assert "--attention 9 changes nothing" in said and "14 7" in said and len(said.splitlines()) == 1
+    ddpm.UNet(1, mults=(1, 2), attention=(14, 7), **sizes)
+    assert capsys.readouterr().out == ""
 
 
 def test_fp16_without_cuda(capsys, tmp_path):

@@ -23,6 +23,7 @@ from torch.testing import assert_close
 
 import ddpm_example as ddpm
 from common import data, metrics, plotting, runs
+from common import judge as judges
 from common.cli import check_config, command_line, config_from, parse_args, read_lines
 from common.device import (
     Launch,
@@ -128,15 +129,17 @@ def test_series(tmp_path):
 @pytest.mark.parametrize("text", ["1,2\n3", "a,b\nc,d", "", "1,2\n3,nan"])
 def test_bad_csv_ends_with_one_line(tmp_path, text, capsys):
     (tmp_path / "bad.csv").write_text(text)
-    with pytest.warns() if not text else open("/dev/null"), pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop:
         data.load_series(f"csv:{tmp_path / 'bad.csv'}")
     assert stop.value.code == 2 and "bad.csv" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, kind", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"),
                                         ("cifar10", "CIFAR10")])
-def test_downloaded_sets_have_the_shape_of_the_others(name, kind, monkeypatch):
+def test_downloaded_sets_have_the_shape_of_the_others(name, kind, tmp_path, monkeypatch):
     import torchvision.datasets
+
+    monkeypatch.setattr(data, "CACHE", tmp_path)
 
     class Stored:
         classes = list("0123456789")
@@ -158,8 +161,10 @@ def test_downloaded_sets_have_the_shape_of_the_others(name, kind, monkeypatch):
 
 @pytest.mark.parametrize("problem", [urllib.error.URLError("no network"), RuntimeError("broken"),
                                      OSError("no space")])
-def test_download_without_network_names_the_bundled_sets(monkeypatch, problem, capsys):
+def test_download_without_network_names_the_bundled_sets(tmp_path, monkeypatch, problem, capsys):
     import torchvision.datasets
+
+    monkeypatch.setattr(data, "CACHE", tmp_path)
 
     def offline(*_, **__):
         raise problem
@@ -252,9 +257,12 @@ def test_nearest_neighbours():
     assert_close(distance, torch.full((3,), 0.1), rtol=1e-3, atol=1e-4)
 
 
-def test_sure_share():
-    p = torch.tensor([[0.95, 0.05], [0.9, 0.1], [0.5, 0.5], [0.05, 0.95]])
-    assert metrics.sure_share(p) == 0.5
+def test_scores_of_a_few_rows():
+    one, few = np.ones((1, 4)), np.arange(8.0).reshape(2, 4)
+    assert_close(metrics.frechet_distance(one, one + 1), 4.0, rtol=0, atol=1e-4)
+    assert math.isfinite(metrics.frechet_distance(one, few))
+    assert metrics.precision_recall(one, few) == (0.0, 0.0)
+    assert metrics.precision_recall(few, few) == (1.0, 1.0)
 
 
 @pytest.fixture
@@ -273,28 +281,32 @@ def halves():
     return data.Data("toy", x[:150], x[150:], y[:150], y[150:], ("a", "b"))
 
 
-def test_classifier_is_cached_and_leaves_the_random_state_alone(cache):
+@pytest.mark.slow
+def test_judge_is_cached_and_leaves_the_random_state_alone(cache, monkeypatch):
+    monkeypatch.setattr(judges, "FEWEST", 60)
     made = halves()
     x = made.train
     state = torch.get_rng_state()
-    first, judged = metrics.load_classifier(made, epochs=40)
+    first, judged = metrics.load_judge(made)
     assert torch.equal(state, torch.get_rng_state())
-    assert judged["accuracy"] > 0.95 and 0 <= judged["sure"] <= 1
+    assert judged["accuracy"] > 0.8 and 0 <= judged["legible"] <= 1
+    p = metrics.probabilities(first, 2 * torch.rand_like(x) - 1)
+    assert p.shape == (150, 3) and (p.argmax(1) == 2).float().mean() > 0.8
     assert not first.training and not any(p.requires_grad for p in first.parameters())
     files = list(cache.iterdir())
     assert len(files) == 1 and files[0].suffix == ".pt"
     stamp = files[0].stat().st_mtime_ns
-    second, _ = metrics.load_classifier(made, epochs=40)
+    second, _ = metrics.load_judge(made)
     assert files[0].stat().st_mtime_ns == stamp
     assert_close(first(x[:5]), second(x[:5]))
     files[0].write_bytes(b"cut short")  # a broken cache is made again
-    again, _ = metrics.load_classifier(made, epochs=40)
+    again, _ = metrics.load_judge(made)
     assert_close(first(x[:5]), again(x[:5]))
     assert files[0].stat().st_size > 1000
     # one of other pictures is not used
-    metrics.load_classifier(dataclasses.replace(made, train=x * 0.5), epochs=1)
+    metrics.load_judge(dataclasses.replace(made, train=x * 0.5))
     assert len(list(cache.iterdir())) == 2
-    assert metrics.load_classifier(dataclasses.replace(made, train_labels=None)) == (None, {})
+    assert metrics.load_judge(dataclasses.replace(made, train_labels=None)) == (None, {})
 
 
 def make_and_fit(fits, value=7.0, answer=None):
@@ -318,6 +330,44 @@ def test_what_is_cached_is_not_fitted_again(cache):
     data.cached("other", (1, 2), *make_and_fit(fits))
     assert len(fits) == 3 and len(list(cache.iterdir())) == 3
     assert all(file.suffix == ".pt" for file in cache.iterdir())
+    data.cached("toy_a_b", (1, 2), *make_and_fit(fits))  # it reads like the first
+    assert len(fits) == 4 and len(list(cache.iterdir())) == 4
+
+
+def test_a_long_or_odd_name_makes_a_short_file_name(cache, capsys):
+    fits = []
+    for name in ("folder:/" + 60 * "very long/", 'a\\b?*"<>|\0\n..ü', ".", "\udc80"):
+        data.cached(name, 0, *make_and_fit(fits))
+        data.cached(name, 0, *make_and_fit(fits))
+    assert len(fits) == 4 and capsys.readouterr().out == ""
+    names = sorted(file.name for file in cache.iterdir())
+    assert len(names) == 4
+    for name in names:
+        assert len(name) <= 54 and name[:-3].replace("_", "").isalnum() and name.isascii()
+
+
+def test_what_is_shipped_comes_first(cache, tmp_path, monkeypatch):
+    fits = []
+    data.cached("toy", 0, *make_and_fit(fits))
+    (file,) = cache.iterdir()
+    monkeypatch.setattr(data, "ROOT", tmp_path)
+    shipped = torch.nn.Linear(2, 2)
+    (tmp_path / "pretrained").mkdir()
+    torch.save(shipped.state_dict(), tmp_path / "pretrained" / file.name)
+    found = data.cached("toy", 0, *make_and_fit(fits))
+    assert_close(found.weight, shipped.weight, rtol=0, atol=0)
+    (tmp_path / "pretrained" / file.name).write_bytes(b"cut short")
+    found = data.cached("toy", 0, *make_and_fit(fits))  # then what was kept here
+    assert_close(found.weight, torch.full((2, 2), 7.0), rtol=0, atol=0)
+    assert len(fits) == 1
+
+
+def test_only_what_is_at_hand(cache):
+    fits = []
+    make, fit = make_and_fit(fits)
+    assert data.cached("toy", 0, make, None) is None and not cache.exists()
+    data.cached("toy", 0, make, fit)
+    assert_close(data.cached("toy", 0, make, None).weight, torch.full((2, 2), 7.0))
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", "cut", "of another shape", "a tensor"])
@@ -340,12 +390,14 @@ def test_a_broken_cache_is_fitted_again(content, cache):
     assert len(fits) == 2
 
 
-@pytest.mark.parametrize("what", ["disk full", "a file is in the way"])
+@pytest.mark.parametrize("what", ["disk full", "torch's own error", "a file is in the way"])
 def test_a_cache_that_cannot_be_written_is_done_without(what, cache, monkeypatch, capsys):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        if what == "disk full":
+            raise OSError(28, "No space left on device")
+        raise RuntimeError("File toy.pt cannot be opened.")
 
-    if what == "disk full":
+    if what != "a file is in the way":
         monkeypatch.setattr(torch, "save", full)
     else:
         cache.write_text("x")
@@ -369,22 +421,23 @@ def test_what_was_fitted_in_part_is_not_kept(cache):
 
 
 class Judge(torch.nn.Module):
-    """A classifier whose features are the pixels; it takes the brighter half for the class."""
+    """A judge whose features are the pixels; it takes the brighter half for the class."""
 
     body = torch.nn.Flatten()
 
     def forward(self, x):
         halves = x.flatten(1).view(len(x), 2, -1).mean(2)
-        return 20 * halves.flip(1)  # class 0 is bright below
+        # class 0 is bright below; as bright as dark is none of these
+        return torch.cat([20 * halves.flip(1), 10 + 20 * halves.amin(1, keepdim=True)], 1)
 
 
 @pytest.fixture
 def judged(monkeypatch):
-    """Data of two kinds whose held-out part is darker, and Judge in place of a classifier."""
+    """Data of two kinds whose held-out part is darker, and Judge in place of a fitted one."""
     made = halves()
     made = dataclasses.replace(made, test=made.test - 0.4)
-    monkeypatch.setattr(metrics, "load_classifier", lambda _: (
-        (Judge(), {"accuracy": 0.75, "sure": 0.5}) if made.train_labels is not None else (None, {})))
+    monkeypatch.setattr(metrics, "load_judge", lambda *_, **__: (
+        (Judge(), {"accuracy": 0.75, "legible": 0.5}) if made.train_labels is not None else (None, {})))
     monkeypatch.setattr(metrics, "inception_v3_scores", lambda *_: {})
     return made
 
@@ -398,9 +451,10 @@ def test_quality_compares_with_the_training_part(judged):
     assert_close(found["nearest_train_rms"], 0.0, rtol=0, atol=1e-3)
     assert found["frechet_distance_of_held_out"] > 5
     assert found["nearest_train_rms_of_held_out"] > 0.3
-    assert found["classes"] == [75, 75] and found["sure"] == 1.0
+    assert found["classes"] == [75, 75, 0] and found["legible"] > 0.9
+    assert found["legible_of_held_out"] == 0.5
     assert_close(found["inception_score"], 2.0, rtol=1e-3, atol=0)
-    assert "accuracy" not in found
+    assert "accuracy" not in found and "accuracy_of_held_out" not in found
     other = metrics.quality(judged.test, judged)  # and the held-out ones do not
     assert_close(other["frechet_distance"], found["frechet_distance_of_held_out"])
     assert_close(other["nearest_train_rms"], found["nearest_train_rms_of_held_out"])
@@ -421,15 +475,28 @@ def test_quality_of_labelled_samples_says_how_often_the_judge_agrees(judged):
     assert found["accuracy_of_held_out"] == 0.75
 
 
+def test_what_is_none_of_these_is_a_kind_of_its_own_and_not_legible(judged):
+    bright = torch.ones(10, 1, 8, 8)
+    found = metrics.quality(bright, judged, torch.zeros(10, dtype=torch.int64))
+    assert found["classes"] == [0, 0, 10] and found["legible"] == found["accuracy"] == 0.0
+
+
 def test_glance(judged, monkeypatch):
     samples = judged.train[:10] + 0.1
+    asked = []
+    load = metrics.load_judge
+    monkeypatch.setattr(metrics, "load_judge", lambda data, fit=True: (
+        asked.append(fit), load(data))[1])
     found = metrics.glance(samples, judged)
-    assert found["n"] == 10 and found["sure"] == 1.0
-    assert found["classifier"] == {"accuracy": 0.75, "sure": 0.5} and "accuracy" not in found
+    assert asked == [False]  # no judge is trained for a first look
+    assert set(found) == {"n", "nearest_train_rms_mean", "nearest_train_rms_min", "legible",
+                          "legible_of_held_out"}
+    assert found["n"] == 10 and found["legible"] > 0.8 and found["legible_of_held_out"] == 0.5
     assert_close(found["nearest_train_rms_mean"], 0.1, rtol=1e-3, atol=1e-4)
     assert_close(found["nearest_train_rms_min"], 0.1, rtol=1e-3, atol=1e-4)
-    assert metrics.glance(samples, judged, judged.train_labels[:10])["accuracy"] == 1.0
-    monkeypatch.setattr(metrics, "load_classifier", lambda _: (None, {}))
+    labelled = metrics.glance(samples, judged, judged.train_labels[:10])
+    assert labelled["accuracy"] == 1.0 and labelled["accuracy_of_held_out"] == 0.75
+    monkeypatch.setattr(metrics, "load_judge", lambda *_, **__: (None, {}))
     assert set(metrics.glance(samples, judged)) == {
         "n", "nearest_train_rms_mean", "nearest_train_rms_min"}
 
@@ -448,6 +515,7 @@ class Toy:
     # sampling
     n_samples: int = 4               # drawn at the end, >= 1
     # training
+    steps: int = 6                   # of the optimiser, >= 1
     batch_size: int = 8              # pictures a step, >= 1
     warmup: int = 0                  # steps until the peak learning rate, >= 0
     decay: Literal["cosine", "constant"] = "constant"  # of the rate
@@ -608,7 +676,7 @@ def test_config_round_trip(tmp_path):
     assert parse("--config", str(file), "--T", "9")[0] == dataclasses.replace(cfg, T=9)
     for seed in (4, 0):  # a seed given by hand counts, 0 too
         assert parse("--config", str(file), "--seed", str(seed))[1].seed == seed
-    assert parse()[1].seed == 0 and parse("--seed", "5")[1].seed == 5
+    assert parse()[1].seed is None and parse("--seed", "5")[1].seed == 5
 
 
 def test_config_keeps_the_preset_of_the_run(tmp_path):
@@ -786,7 +854,7 @@ def test_checkpoints_are_plain_and_replaced_as_a_whole(tmp_path, monkeypatch):
 
 
 def test_only_the_main_process_writes(tmp_path, monkeypatch):
-    _, opts = parse_args(Toy, TOYS, ["--out", str(tmp_path)])
+    _, opts = parse_args(Toy, TOYS, ["--out", str(tmp_path), "--seed", "0"])
     run = Run("toy", Toy(), opts, Launch(torch.device("cpu"), rank=1, world=2))
     for name in ("gather", "average", "broadcast"):  # there is no other process to talk to
         monkeypatch.setattr(run.launch, name, lambda value: value)
@@ -856,10 +924,14 @@ def test_sampling_fields_come_from_the_script_and_all_others_from_the_checkpoint
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_preset_edited_since_counts_for_the_draw_alone(drawn_from, tmp_path):
+def test_a_preset_edited_since_counts_for_the_draw_alone_and_is_told(drawn_from, tmp_path, capsys):
     edited = {"laptop": Toy(), "smoke": Toy(T=2, widths=(9, 9), n_samples=31)}
     cfg, _ = open_run("toy", Toy, edited, ["--out", str(tmp_path), "--sample", str(drawn_from)])
     assert cfg.n_samples == 31 and cfg.widths == (3,)
+    said, _ = capsys.readouterr().out.splitlines()
+    assert "widths 3 (here 9 9)" in said and "T 5 (here 2)" in said and "n_samples" not in said
+    open_toy(tmp_path, "--resume", drawn_from)
+    assert len(capsys.readouterr().out.splitlines()) == 1  # a run that goes on is no edit
 
 
 @pytest.mark.parametrize("how", ["--sample", "--resume"])
@@ -1013,7 +1085,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path, monkeypatc
 
 
 def test_each_process_draws_its_share_of_the_batch(tmp_path):
-    _, opts = parse_args(Toy, TOYS, ["--out", str(tmp_path)])
+    _, opts = parse_args(Toy, TOYS, ["--out", str(tmp_path), "--seed", "0"])
     for rank in range(3):
         run = Run("toy", Toy(), opts, Launch(torch.device("cpu"), rank, 3))
         assert len(run.batch(images(), 12)[0]) == 4
@@ -1129,7 +1201,6 @@ def test_training_resumes_to_the_same_bytes(stop_at, tmp_path):
     steps = []
     fit(again, watch=lambda step, _: steps.append(step))
     assert steps == list(range(stop_at, 6)) and again.folder == parts.folder
-    again.flush_log()
     for name in ("checkpoint.pt", "log.csv", "config.json"):
         assert again.path(name).read_bytes() == whole.path(name).read_bytes(), name
 
@@ -1143,7 +1214,6 @@ def test_a_run_killed_between_checkpoints_resumes_to_the_same_bytes(tmp_path):
 
         def die(step, _, parts=parts, die_at=die_at):
             if step == die_at:
-                parts.flush_log()
                 raise MemoryError
 
         with pytest.raises(MemoryError):
@@ -1151,7 +1221,6 @@ def test_a_run_killed_between_checkpoints_resumes_to_the_same_bytes(tmp_path):
         assert stored(parts)["step"] == die_at // 4 * 4
         _, again = open_toy(out, "--resume")
         fit(again)
-        again.flush_log()
         for name in ("checkpoint.pt", "log.csv"):
             assert again.path(name).read_bytes() == whole.path(name).read_bytes(), name
 
@@ -1212,7 +1281,6 @@ def test_a_checkpoint_of_a_later_loop_skips_the_earlier_one(tmp_path):
         if stop[0] == "model":
             assert_same_tree(dict(restored.state_dict()), dict(vae.state_dict()))
         for name in ("log.csv", "vae_log.csv", "checkpoint.pt"):
-            again.flush_log()
             assert again.path(name).read_bytes() == whole.path(name).read_bytes(), name
 
 
@@ -1305,13 +1373,13 @@ def test_draw_puts_batches_together_and_counts_the_calls(tmp_path):
 
 def test_score_draws_as_many_as_asked_and_always_the_same(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(metrics, "quality", lambda x, *rest: seen.append((x, *rest)) or {"sure": 1.0})
+    monkeypatch.setattr(metrics, "quality", lambda x, *rest: seen.append((x, *rest)) or {"legible": 1.0})
     _, run = open_toy(tmp_path, "--evaluate", 130)
     states, made, labels = Sampler(), images(), torch.arange(130)
     state = torch.get_rng_state()
     found = run.quality(states, states.network, 3, made)
     assert torch.equal(state, torch.get_rng_state())  # the caller's draws are left alone
-    assert found["sure"] == 1.0 and found["n"] == 130 and found["network_calls"] == 6
+    assert found["legible"] == 1.0 and found["n"] == 130 and found["network_calls"] == 6
     assert list(tmp_path.iterdir()) == []
     torch.randn(5)
     run.quality(states, states.network, 3, made, labels, "scored.png")
@@ -1324,7 +1392,7 @@ def test_score_draws_as_many_as_asked_and_always_the_same(tmp_path, monkeypatch)
 
 
 def test_evaluate_only_on_request(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "quality", lambda *_: {"sure": 0.5})
+    monkeypatch.setattr(metrics, "quality", lambda *_: {"legible": 0.5})
     _, run = open_toy(tmp_path)
     states = Sampler()
     run.evaluate(states, states.network, 3, images())
@@ -1333,20 +1401,20 @@ def test_evaluate_only_on_request(tmp_path, monkeypatch):
     run.evaluate(states, states.network, 3, images())
     open_picture(run.path("evaluated.png"))
     found = run.read_metrics()["evaluation"]
-    assert states.batches == [range(12)] and found["sure"] == 0.5 and found["n"] == 12
+    assert states.batches == [range(12)] and found["legible"] == 0.5 and found["n"] == 12
 
 
 def test_finish_writes_the_last_metrics_and_says_where(tmp_path, capsys):
     cfg, run = open_toy(tmp_path)
     fit(run)
-    run.add_metrics(sampling={"seconds": 2.0}, samples={"sure": 0.5},
+    run.add_metrics(sampling={"seconds": 2.0}, samples={"legible": 0.5, "n": 64},
                     evaluation={"accuracy": 0.75, "frechet_distance": 12.25})
     run.finish()
     found = run.read_metrics()
     assert found["config"] == json.loads(json.dumps(dataclasses.asdict(cfg)))
     assert found["total_seconds"] >= found["train_seconds"] and found["peak_memory_mb"] > 50
     said = capsys.readouterr().out.strip().splitlines()[-1]
-    for words in ("trained 0 s", "sampled 2 s", "50%", "75.0%", "12.2", str(run.folder)):
+    for words in ("trained 0 s", "sampled 2 s", "legible 50% ± 6 points (n = 64)", "as asked 75.0%", "12.2", str(run.folder)):
         assert words in said, said
 
 

@@ -651,7 +651,8 @@ def label_of(x):
 
 
 @pytest.mark.parametrize("flags, share", [
-    (["--backbone", "unet"], 0.3), (["--backbone", "dit"], 0.3), (["--p_uncond", "0"], 0.0),
+    (["--p_uncond", 0.3], 0.3), (["--p_uncond", 0.3, "--backbone", "dit"], 0.3),
+    (["--p_uncond", 0], 0.0),
 ], ids=["unet", "dit", "none dropped"])
 def test_training_gives_each_picture_its_label_or_the_null_class(flags, share, tmp_path, coded,
                                                                  monkeypatch):
@@ -665,7 +666,7 @@ def test_training_gives_each_picture_its_label_or_the_null_class(flags, share, t
         model.register_forward_pre_hook(hear, with_kwargs=True)
 
     spied(monkeypatch, cond, "make_model", listen)
-    cfg, run, _ = open_run(cond, tmp_path, "--p_uncond", 0.3, "--batch_size", 200,
+    cfg, run, _ = open_run(cond, tmp_path, "--batch_size", 200,
                            "--preview_every", 100, "--dit_patch", 4, *flags)
     model = cond.train(cfg, run, coded)
     assert len(pictures) == len(got) == cfg.steps and not model.training
@@ -820,7 +821,7 @@ def drawing(trained, coded, tmp_path, monkeypatch):
             spied(monkeypatch, cond, name, lambda given, _, into=calls[name]: into.append(given))
         monkeypatch.setattr(cond, "plotting", figures)
         monkeypatch.setattr(cond, "load_images", lambda *_: coded)
-        monkeypatch.setattr(cond.metrics, "load_classifier", lambda *_: (None, {}))
+        monkeypatch.setattr(cond.metrics, "load_judge", lambda *_, **__: (None, {}))
         if classifier:
             monkeypatch.setattr(cond, "train_classifier", lambda *_: classifier)
         cond.main(["--sample", str(trained[0]), "--out", str(tmp_path / "drawn"), "--device", "cpu",
@@ -855,9 +856,9 @@ def test_the_flags_of_ddim_reach_the_sampler(drawing, trained):
         for name, value in trained[1].state_dict().items():
             assert torch.equal(given["model"].state_dict()[name], value)
     labels = runs_of([tuple(given["y"].tolist()) for given in asked])
-    assert labels == [(3, 1, 4, 3, 1, 4, 3), (3, 1, 4), tuple(range(10)), (3, 1, 4, 3, 1, 4, 3)]
+    assert labels == [(3, 1, 4), tuple(range(10)), (3, 1, 4)]  # samples and grid; noise; the film
     found = json.loads((folder / "metrics.json").read_text())
-    assert found["sampling"]["n"] == 7 and found["sampling"]["network_calls"] == 3
+    assert found["sampling"]["n"] == 3 and found["sampling"]["network_calls"] == 3
     rows, _, names, columns = figures["grid.png"]
     assert names == ["w = -1", "w = 0", "w = 3"] and columns == ["d", "b", "e"]
     noises = [given["xT"] for given in calls["ddim_process"]]
@@ -924,10 +925,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(stop, backbone, tmp_path, coded)
 
             run.log = stopping
             cond.train(cfg, run, coded)
-            run.flush_log()
             cfg, run, _ = open_run(cond, tmp_path / name, "--resume", run.folder)
         cond.train(cfg, run, coded)
-        run.flush_log()
         files.append([(run.folder / file).read_bytes() for file in ("checkpoint.pt", "log.csv")])
     assert files[0] == files[1]
 
@@ -937,8 +936,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(stop, backbone, tmp_path, coded)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("argv, words", [
-    (["--classes", "3", "10"], ["--classes 10", "[0, 9]"]),
-    (["--classes", "-1"], ["--classes -1", ">= 0"]),
+    (["--classes", "3", "10"], ["--classes 10", "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"]),
+    (["--classes", "-1"], ["--classes -1", "0, 1, 2"]),
     (["--classes", "cat"], ["--classes", "cat"]),
     (["--w", "much"], ["--w", "much"]),
     (["--w", "nan"], ["--w nan"]),
@@ -963,7 +962,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(stop, backbone, tmp_path, coded)
 ])
 def test_a_mistake_is_one_line_and_status_2(argv, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        cond.main(["--preset", "smoke", "--device", "cpu", "--out", str(tmp_path), *argv])
+        preset = [] if "--preset" in argv else ["--preset", "smoke"]
+        cond.main([*preset, "--device", "cpu", "--out", str(tmp_path), *argv])
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1, lines
     for word in words:
@@ -1014,7 +1014,8 @@ def test_smoke_run_writes_every_file(smoke):
     found = json.loads((smoke / "metrics.json").read_text())
     assert found["sampling"]["n"] == 20 and found["sampling"]["seconds"] > 0
     assert 0 <= found["samples"]["accuracy"] <= 1
-    assert found["samples"]["classifier"]["accuracy"] > 0.95
+    assert found["samples"]["accuracy_of_held_out"] > 0.95
+    assert found["samples"]["legible"] < 0.01  # six steps of training draw no digits
     state = torch.load(smoke / "checkpoint.pt", weights_only=True)
     assert state["step"] == 6 and state["loop"] == "model" and state["script"] == "conditional"
     assert state["ema"]["label.weight"].shape[0] == 11
@@ -1035,18 +1036,22 @@ def test_sample_draws_exactly_the_classes_and_weights_asked_for(smoke, tmp_path,
     assert len(rows) == 4 and all(len(row) == 5 for row in rows)
     assert names == ["w = 0", "w = 1", "w = 3", "w = 8"] and columns == ["3", "1", "4", "1", "5"]
     y, w = asked[0]
-    assert y == [3, 1, 4, 1, 5] * 4 and w == 2.0  # the smoke preset's n_samples and w_samples
+    assert y == [3, 1, 4, 1, 5] and w == 2.0  # these and no others
+    (drawn, real), names, columns = tables["samples.png"]
+    assert len(drawn) == len(real) == 5 and columns == ("3", "1", "4", "1", "5")
+    data = load_images("digits")
+    for picture, label in zip(real, (3, 1, 4, 1, 5), strict=True):
+        same = (data.train == picture).flatten(1).all(1)
+        assert data.train_labels[same].tolist() == [label]
     assert [([3, 1, 4, 1, 5], w) in asked for w in (0.0, 1.0, 3.0, 8.0)] == [True] * 4
     assert len(tables["same_noise.png"][0]) == 5
 
 
 @pytest.mark.slow
 def test_classifier_guidance_and_evaluation(smoke, tmp_path, monkeypatch):
-    judge = cond.metrics.load_classifier(load_images("digits"))  # from the cache of the repository
-    monkeypatch.setattr(cond.metrics, "load_classifier", lambda *_: judge)
     monkeypatch.setattr(common.data, "CACHE", tmp_path / "cache")
     cond.main(["--sample", str(smoke), "--out", str(tmp_path), "--guidance", "classifier",
-               "--sampler", "ancestral", "--classifier_steps", "60", "--evaluate", "20"])
+               "--sampler", "ancestral", "--classifier_steps", "150", "--evaluate", "20"])
     folder = only_run(tmp_path, "conditional")
     check_pictures(folder, ("grid", "samples", "same_noise", "guidance"))
     found = json.loads((folder / "metrics.json").read_text())
@@ -1069,9 +1074,9 @@ def test_the_dit_runs_and_resumes_to_the_last_bit(tmp_path):
     def die(run, step, *rest, **values):
         true(run, step, *rest, **values)
         if step == 5:
-            raise MemoryError
+            raise LookupError
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(LookupError):
         patch.setattr(runs.Run, "log", die)
         cond.main([*argv, "--out", str(tmp_path / "b")])
     cond.main(["--resume", "--out", str(tmp_path / "b")])

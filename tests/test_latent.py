@@ -515,7 +515,6 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(stop, plain, tmp_path, p
     cfg, run = open_run(tmp_path, "--resume", run.folder)
     found = latent.train(cfg, run, pictures)[1]
     assert not plain or found.scale == vae.scale
-    run.flush_log()
     for name in ("checkpoint.pt", "vae_log.csv", "log.csv"):
         assert (run.folder / name).read_bytes() == (folder / name).read_bytes(), name
 
@@ -535,7 +534,6 @@ def test_a_run_with_another_run_s_vae_resumes_without_it(tmp_path, pictures, tra
             cfg, run = open_run(tmp_path, "--resume", run.folder)
             latent.train(cfg, run, pictures)
         assert not (run.folder / "vae_log.csv").exists()
-        run.flush_log()
         files.append([(run.folder / name).read_bytes() for name in ("checkpoint.pt", "log.csv")])
     assert files[0] == files[1]
 
@@ -591,7 +589,7 @@ def drawn(tmp_path_factory, trained, odd, pictures):
         patch.setattr(latent, "ddim_process", process)
         patch.setattr(latent, "plotting", figures)
         patch.setattr(latent, "load_images", lambda *_: pictures)
-        patch.setattr(latent.metrics, "load_classifier", lambda *_: (None, {}))
+        patch.setattr(latent.metrics, "load_judge", lambda *_, **__: (None, {}))
         latent.main(["--sample", str(out / "odd.pt"), "--out", str(out), "--device", "cpu", "--S", "3",
                      "--eta", "0.5", "--spacing", "quadratic", "--n_samples", "6"])
     folder = only_run(out, "latent")
@@ -742,7 +740,7 @@ def test_smoke(tmp_path):
     assert metrics["steps"] == 6 and metrics["vae_steps"] == 4
     assert math.isfinite(metrics["psnr_held_out"])
     assert metrics["cost_of_a_step"]["pixel_over_latent"]["gflop"] > 10
-    assert 0 <= metrics["samples"]["sure"] <= 1
+    assert 0 <= metrics["samples"]["legible"] <= 1
     for name, steps in (("vae_log.csv", 4), ("log.csv", 6)):
         assert len((folder / name).read_text().splitlines()) == 1 + steps
     state = load_checkpoint(folder, ("latent",))
@@ -752,8 +750,7 @@ def test_smoke(tmp_path):
 
 
 @pytest.mark.slow
-def test_smoke_in_colour(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.metrics.load_classifier", lambda _: (None, {}))  # a minute of training
+def test_smoke_in_colour(tmp_path):
     latent.main(["--preset", "smoke", "--dataset", "color_digits", "--out", str(tmp_path)])
     folder = only_run(tmp_path, "latent")
     for name in FIGURES:

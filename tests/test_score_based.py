@@ -767,13 +767,13 @@ def test_a_solver_that_fails_says_so(rate):
         assert len(calls) < 5000
         return (RATES[rate](state[0], t),)
 
-    with np.errstate(all="ignore"), pytest.raises(RuntimeError, match="ODE solver stopped at t = "):
+    with np.errstate(all="ignore"), pytest.raises(ArithmeticError, match="ODE solver stopped at t = "):
         sb.last(sb.solve(velocity, (torch.ones(1).double(),), 0.0, 2.0, 1e-4))
 
 
 def test_a_network_that_says_nan_does_not_hold_the_solver_for_ever():
     score = Bounded(lambda x, t: x * math.nan, LIMIT)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ArithmeticError):
         sb.ode_decode(score, sb.VPSDE(), torch.ones(2, 2))
 
 
@@ -1399,7 +1399,7 @@ def test_points_take_the_preset_of_their_name():
 BAD = [
     (["--sigma_min", "50"], "--sigma_min 50.0: must be below --sigma_max 50.0"),
     (["--beta_min", "30"], "--beta_min 30.0: must be below"),
-    (["--steps", "0"], "--steps 0"), (["--N", "0"], "--N 0: must be >= 1"),
+    (["--steps", "0"], "--steps 0"), (["--N", "0"], "--N 0: must be in [1, 1e6]"),
     (["--snr", "0"], "--snr 0.0: must be > 0"), (["--sde", "vpx"], "--sde vpx: must be one of"),
     (["--sampler", "heun"], "--sampler heun"), (["--beta", "sigmoid"], "--beta sigmoid"),
     (["--sde", "subvp", "--sampler", "ancestral"], "--sampler ancestral: must be one of em"),
@@ -1467,7 +1467,7 @@ def test_smoke_run_on_points(tmp_path):
 
 @pytest.mark.slow
 def test_resumed_run_ends_with_the_same_bytes(tmp_path):
-    how = ("--preset", "smoke", "--device", "cpu", "--dataset", "swiss_roll", "--sde", "ve")
+    how = ("--dataset", "swiss_roll", "--sde", "ve")
     cfg, run, data = opened(tmp_path / "a", *how)
     sb.train(cfg, run, data)
     run = run.folder

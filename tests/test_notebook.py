@@ -1,0 +1,104 @@
+"""The `# %%` cells one after the other, %run and import: a script in a notebook's kernel."""
+
+import linecache
+import re
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT, only_run
+
+from common import cli
+
+SCRIPTS = sorted(ROOT.glob("*_example.py"))
+
+
+def cells(path):
+    """The cells as Jupyter sees them: what stands between the `# %%` lines."""
+    return re.split(r"(?m)^(?=# %%)", path.read_text())
+
+
+@pytest.fixture
+def kernel(monkeypatch, tmp_path):
+    """A namespace like a kernel's: no __file__, the kernel's own arguments, the repository importable."""
+    shell = types.SimpleNamespace(kernel=object())
+    fake = types.SimpleNamespace(get_ipython=lambda: shell, version_info=(9, 0))
+    monkeypatch.setitem(sys.modules, "IPython", fake)
+    monkeypatch.setattr(sys, "argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel-1.json"])
+    monkeypatch.chdir(tmp_path)
+    main = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert not hasattr(main, "__file__")
+
+    def execute(source, number):
+        name = f"<ipython-input-{number}>"  # IPython keeps the source of a cell here
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        exec(compile(source, name, "exec"), vars(main))
+
+    yield execute, vars(main)
+    for name in [name for name in linecache.cache if name.startswith("<ipython-input-")]:
+        del linecache.cache[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_the_cells_run_one_after_the_other_and_start_nothing(path, kernel, capsys, tmp_path):
+    execute, names = kernel
+    for number, source in enumerate(cells(path)):
+        execute(source, number)
+    said = capsys.readouterr()
+    assert "main([" in said.out and len(said.out.splitlines()) == 1 and not said.err
+    assert list(tmp_path.iterdir()) == []  # no training, no folder
+    with pytest.raises(SystemExit):  # help and checks read the cell that has Config
+        names["main"](["--steps", "0"])
+    assert "--steps 0: must be >= 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_main_runs_from_a_cell_when_it_is_told_to(kernel, tmp_path):
+    execute, names = kernel
+    for number, source in enumerate(cells(ROOT / "ddpm_example.py")):
+        execute(source, number)
+    execute('main(["--preset", "smoke", "--device", "cpu"])', 99)
+    folder = only_run(tmp_path / "outputs", "ddpm")
+    assert (folder / "samples.png").exists() and (folder / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_an_imported_script_trains_and_draws_in_a_few_lines(kernel, tmp_path):
+    """The lines of README.md, with fewer steps."""
+    execute, names = kernel
+    readme = (ROOT / "README.md").read_text()
+    block = re.search(r"<!-- notebook -->\n```python\n(.*?)```", readme, re.DOTALL)[1]
+    assert "new_run" in block and "Config(steps=500)" in block
+    lines = block.replace("Config(steps=500)", "Config(steps=3, T=20, channels=8, groups=4)")
+    execute(lines, 1)
+    assert names["x"].shape == (16, 1, 28, 28) and torch.isfinite(names["x"]).all()
+    folder = only_run(tmp_path / "outputs", "ddpm")
+    assert (folder / "mine.png").exists() and (folder / "checkpoint.pt").exists()
+
+
+def test_arguments_of_the_kernel_are_not_the_script_s(kernel, monkeypatch):
+    import ddpm_example as ddpm
+
+    cfg, opts = cli.parse_args(ddpm.Config, ddpm.PRESETS)
+    assert cfg == ddpm.Config() and opts.out == "outputs"
+    seen = []
+    main = cli.command_line(lambda argv=None: seen.append(argv))
+    main()  # of an imported module: a person asked for it
+    assert seen == [None]
+
+
+def test_run_is_a_command(kernel, monkeypatch, capsys):
+    """%run puts the script into sys.argv; then its last line starts it."""
+    _, names = kernel
+    source = "def main(argv=None):\n    started.append(argv)\n"
+    for argv0, expected in (("there/toy_example.py", [None]), ("ipykernel_launcher.py", [])):
+        names["started"] = []
+        exec(compile(source, "here/toy_example.py", "exec"), names)
+        monkeypatch.setattr(cli, "_open_streams", lambda: None)
+        monkeypatch.setattr(sys, "argv", [argv0, "--preset", "smoke"])
+        cli.command_line(names["main"])()
+        assert names["started"] == expected
+    assert "main([])" in capsys.readouterr().out

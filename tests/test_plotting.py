@@ -1,0 +1,411 @@
+"""Tests of how figures are written: nothing of matplotlib's is touched, none takes a run along."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from common import plotting
+from common.data import Data
+
+pytestmark = pytest.mark.may_not_draw
+
+ROOT = Path(__file__).resolve().parent.parent
+NAN, INF = float("nan"), float("inf")
+
+
+def one_of_each(folder):
+    """{name: function that draws it} for every function that writes a file."""
+    x, points = torch.linspace(-1, 1, 4 * 64).view(4, 1, 8, 8), torch.arange(20.0).view(10, 2) / 10
+    made, p = Data("toy", x, x), plotting
+    return {
+        "grid.png": lambda: p.grid(folder / "grid.png", x, 2, "title"),
+        "panels.png": lambda: p.panels(folder / "panels.png", [("a", x), ("b", x)], "title"),
+        "samples.png": lambda: p.samples(folder / "samples.png", x, made, "title"),
+        "table.png": lambda: p.table(folder / "table.png", [x, x], "title", ["a", "b"]),
+        "neighbours.png": lambda: p.neighbours(folder / "neighbours.png", x, made),
+        "frames.gif": lambda: p.gif(folder / "frames.gif", [x, -x], 2, ["a", "b"], hold=1),
+        "curves.png": lambda: p.curves(folder / "curves.png", [{"lines": {"a": ([1, 2], [3, 4])}}]),
+        "fields.png": lambda: p.fields(folder / "fields.png", [("a", points, points, points)], "title"),
+        "paths.png": lambda: p.paths(folder / "paths.png", [("a", points[None])], points, "title"),
+        "densities.png": lambda: p.densities(
+            folder / "densities.png", [("a", torch.rand(5, 5))], "title", 2.0),
+        "points.gif": lambda: p.points_gif(folder / "points.gif", [points, -points], ["a", "b"], hold=1),
+    }
+
+
+EACH = list(one_of_each(Path()))
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The lines that are told of figures that fail."""
+    lines = []
+    monkeypatch.setattr(plotting, "say", lines.append)
+    return lines
+
+
+# matplotlib
+
+
+@pytest.mark.slow
+def test_a_students_matplotlib_is_left_alone(tmp_path):
+    """Nothing is imported with the module; after a drawing the backend is the student's."""
+    code = f"""
+import sys
+from pathlib import Path
+import common.plotting
+assert not {{"matplotlib", "PIL", "torchvision"}} & set(sys.modules), "imported too early"
+import matplotlib
+before = dict(matplotlib.rcParams)
+from tests.test_plotting import one_of_each
+for draw in one_of_each(Path({str(tmp_path)!r})).values():
+    draw()
+assert matplotlib.get_backend().lower() == "svg", matplotlib.get_backend()
+assert "matplotlib.pyplot" not in sys.modules, "pyplot is imported"
+assert dict(matplotlib.rcParams) == before, "rcParams are changed"
+"""
+    env = {"MPLBACKEND": "svg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         cwd=ROOT, env=env)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "" and sorted(p.name for p in tmp_path.iterdir()) == sorted(EACH)
+
+
+def test_the_style_holds_while_drawing_and_saving_only(tmp_path, monkeypatch, told):
+    seen, save = [], Figure.savefig
+
+    def savefig(self, *args, **kwargs):
+        seen.append((self.dpi, self.axes[0].spines["top"].get_visible(),
+                     matplotlib.rcParams["savefig.bbox"], matplotlib.rcParams["font.size"]))
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    with matplotlib.rc_context({"font.size": 7.0, "savefig.bbox": None}):
+        before = dict(matplotlib.rcParams)
+        plotting.curves(tmp_path / "a.png", [{"lines": {"a": ([1, 2], [3, 4])}}])
+        plotting.curves(tmp_path / "missing" / "a.png", [{"lines": {"a": ([1, 2], [3, 4])}}])
+        assert dict(matplotlib.rcParams) == before
+    assert seen == [(110, False, "tight", 11.0)] * 2 and len(told) == 1
+
+
+# A figure that cannot be drawn
+
+
+def test_an_error_is_told_in_one_line_and_the_next_figure_is_drawn(tmp_path, capsys):
+    @plotting.figure
+    def figure_broken(run):
+        raise ValueError("first line\nsecond line")
+
+    line = figure_broken.__wrapped__.__code__.co_firstlineno + 2
+    assert figure_broken(object()) is None
+    plotting.grid(tmp_path / "no" / "such.png", torch.zeros(4, 1, 8, 8), 2, "title")
+    plotting.grid(path=tmp_path / "a.png", x="no tensor", columns=2, title="title")
+    plotting.grid(tmp_path / "next.png", torch.zeros(4, 1, 8, 8), 2, "title")
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == ("figure_broken: not drawn, ValueError: first line "
+                     f"(test_plotting.py:{line})")
+    assert second.startswith(f"grid {tmp_path / 'no' / 'such.png'}: not drawn, FileNotFoundError: [Errno 2]")
+    assert third.startswith(f"grid {tmp_path / 'a.png'}: not drawn, AttributeError: ")
+    assert [p.name for p in tmp_path.iterdir()] == ["next.png"]
+
+
+def test_an_error_without_a_text_is_told(told):
+    @plotting.figure
+    def figure_empty():
+        raise RuntimeError
+
+    figure_empty()
+    assert len(told) == 1 and told[0].startswith("figure_empty: not drawn, RuntimeError")
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_is_no_error(told, kind):
+    @plotting.figure
+    def figure_interrupted():
+        raise kind
+
+    with pytest.raises(kind):
+        figure_interrupted()
+    assert not told
+
+
+def test_a_figure_inside_a_figure_fails_alone(tmp_path, told):
+    @plotting.figure
+    def figure_two():
+        plotting.grid(tmp_path / "no" / "such.png", torch.zeros(4, 1, 8, 8), 2, "title")
+        plotting.grid(tmp_path / "a.png", torch.zeros(4, 1, 8, 8), 2, "title")
+        assert matplotlib.rcParams["savefig.bbox"] == "tight"
+        return "done"
+
+    assert figure_two() == "done"
+    assert len(told) == 1 and told[0].startswith("grid ") and (tmp_path / "a.png").exists()
+
+
+def test_a_figure_is_drawn_without_gradients_but_may_ask_for_them():
+    @plotting.figure
+    def figure_gradient(x, scale=1):
+        """What it shows."""
+        assert not torch.is_grad_enabled() and not (x * scale).requires_grad
+        made = torch.ones(2)
+        with torch.enable_grad():
+            made.requires_grad_()
+            return torch.autograd.grad((made * x).sum() * scale, made)[0]
+
+    x = torch.full((2,), 3.0, requires_grad=True)
+    assert torch.equal(figure_gradient(x, scale=2), torch.full((2,), 6.0))
+    assert torch.is_grad_enabled()
+    assert figure_gradient.__name__ == "figure_gradient" and figure_gradient.__doc__ == "What it shows."
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_function_that_writes_tells_its_errors(tmp_path, monkeypatch, told, name):
+    def full(path, save):
+        assert not torch.is_grad_enabled()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plotting, "_write", full)
+    one_of_each(tmp_path)[name]()
+    assert len(told) == 1 and name in told[0] and "No space left" in told[0]
+
+
+def test_an_error_before_anything_is_drawn_is_told(told):
+    plotting.samples("a.png", torch.zeros(4, 1, 8, 8), None, "title")
+    plotting.neighbours("b.png", torch.zeros(4, 1, 8, 8), None)
+    assert [line.split(":")[0] for line in told] == ["samples a.png", "neighbours b.png"]
+
+
+# Files
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["grid.png", "frames.gif", "points.gif"])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, told, name, error):
+    begun = []
+
+    def save(self, file, *_, **__):
+        begun.append(Path(file))
+        Path(file).write_bytes(b"half a pict")
+        raise error("full")
+
+    draw = one_of_each(tmp_path)[name]
+    draw()
+    before = (tmp_path / name).read_bytes()
+    monkeypatch.setattr(Figure, "savefig", save)
+    monkeypatch.setattr(Image.Image, "save", save)
+    try:
+        draw()
+    except KeyboardInterrupt:
+        assert error is KeyboardInterrupt
+    assert len(told) == (error is OSError)
+    assert begun[0].parent == tmp_path  # another disk could not be replaced from at once
+    assert (tmp_path / name).read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a.svg", "a.PNG", "a"])
+def test_a_name_says_the_format(tmp_path, told, name):
+    plotting.grid(str(tmp_path / name), torch.zeros(4, 1, 8, 8), 2, "title")
+    assert not told
+    start = (tmp_path / name).read_bytes()[:200]
+    assert b"xml" in start if name == "a.svg" else start.startswith(b"\x89PNG")
+
+
+# In a notebook
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """A kernel: the list of what is shown under the cell."""
+    shown = []
+    display = types.ModuleType("IPython.display")
+    display.Image = lambda filename: (filename, Path(filename).read_bytes())
+    display.display = shown.append
+    ipython = types.ModuleType("IPython")
+    ipython.display = display
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr(plotting, "in_kernel", lambda: True)
+    return types.SimpleNamespace(shown=shown, display=display)
+
+
+def test_a_notebook_shows_each_picture(tmp_path, notebook, told):
+    names = ["grid.png", "frames.gif", "points.gif", "samples.png"]
+    for name in names:
+        one_of_each(tmp_path)[name]()
+    plotting.curves(tmp_path / "none.png", [None])
+    assert [shown for shown, _ in notebook.shown] == [str(tmp_path / name) for name in names]
+    assert all(held == (tmp_path / name).read_bytes()
+               for name, (_, held) in zip(names, notebook.shown, strict=True))
+    assert not told
+
+
+def test_a_picture_that_cannot_be_shown_is_still_written(tmp_path, notebook, told):
+    def display(_):
+        raise RuntimeError("no front end")
+
+    notebook.display.display = display
+    one_of_each(tmp_path)["grid.png"]()
+    assert (tmp_path / "grid.png").exists() and not told
+
+
+def test_outside_a_notebook_nothing_is_shown(tmp_path, notebook, monkeypatch):
+    monkeypatch.setattr(plotting, "in_kernel", lambda: False)
+    one_of_each(tmp_path)["grid.png"]()
+    assert (tmp_path / "grid.png").exists() and not notebook.shown
+
+
+# Any data
+
+
+@pytest.fixture
+def none_told(told, monkeypatch):
+    """No figure fails; drawn coarsely, which is faster."""
+    monkeypatch.setitem(plotting.STYLE, "figure.dpi", 30)
+    yield
+    assert not told
+
+
+def with_bad(*shape):
+    """Values with NaN, infinity and minus infinity among them."""
+    x = torch.linspace(-1, 1, int(np.prod(shape)))
+    x[:3] = torch.tensor([NAN, INF, -INF])
+    return x.view(shape)
+
+
+PICTURES = {
+    "two channels": torch.rand(5, 2, 8, 8), "five channels": torch.rand(5, 5, 8, 8),
+    "one picture": torch.rand(1, 3, 8, 8), "one pixel": torch.rand(3, 1, 1, 1),
+    "bad": with_bad(5, 3, 8, 8), "all nan": torch.full((4, 1, 8, 8), NAN),
+    "all equal": torch.zeros(4, 3, 8, 8), "bfloat16": torch.rand(4, 1, 8, 8).bfloat16()}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", PICTURES)
+def test_any_pictures_are_drawn(tmp_path, none_told, name):
+    x = PICTURES[name]
+    plotting.grid(tmp_path / "a.png", x, 10, "title")
+    plotting.neighbours(tmp_path / "b.png", x.float(), Data("toy", x.float(), x[:2].float()))
+    plotting.table(tmp_path / "c.png", [x, x[:1]], "title", ["a", "b"], ["x"])
+    plotting.gif(tmp_path / "d.gif", [x, x], 9, ["x", "y"], hold=1)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("drawn, held_out", [(torch.rand(5, 4, 8, 8), torch.rand(2, 4, 8, 8)),
+                                             (torch.rand(1, 1, 8, 8), torch.rand(9, 1, 8, 8)),
+                                             (torch.rand(9, 2), torch.rand(1, 2))])
+def test_fewer_may_be_held_out_than_drawn(tmp_path, none_told, drawn, held_out):
+    plotting.samples(tmp_path / "a.png", drawn, Data("toy", held_out, held_out), "title")
+    assert (tmp_path / "a.png").exists()
+
+
+POINTS = {"one": torch.rand(1, 2), "none": torch.zeros(0, 2), "bad": with_bad(9, 2),
+          "all nan": torch.full((9, 2), NAN), "huge": torch.full((9, 2), 1e38),
+          "bfloat16": torch.rand(9, 2).bfloat16()}
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_any_points_are_drawn(tmp_path, none_told, name):
+    x = POINTS[name]
+    plotting.panels(tmp_path / "a.png", [("a", x)], "title")
+    plotting.fields(tmp_path / "b.png", [("a", x, x, x)], "title")
+    plotting.paths(tmp_path / "c.png", [("a", torch.stack([x, x]))], x, "title")
+    plotting.points_gif(tmp_path / "d.gif", [x, x], ["a", "b"], hold=1)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+VALUES = {"zeros": torch.zeros(5), "all nan": torch.full((5,), NAN),
+          "all infinite": torch.full((5,), INF), "bad": with_bad(5), "none": torch.zeros(0),
+          "huge": torch.full((5,), 1e38), "bfloat16": torch.ones(5).bfloat16(),
+          "with a gradient": torch.ones(5, requires_grad=True)}
+
+
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")  # of an old matplotlib's parser
+@pytest.mark.parametrize("name", VALUES)
+def test_any_values_are_drawn(tmp_path, none_told, name):
+    y = VALUES[name]
+    x = list(range(len(y)))
+    plotting.curves(tmp_path / "a.png", [
+        {"lines": {"a": (x, y, "o-"), "_b": (y, y)}, "points": {"a": (x, y)},
+         "bars": (x, y, 0.3), "levels": {f"_{i}": level for i, level in enumerate(y)},
+         "yscale": "log", "xscale": "log"}])
+    plotting.curves(tmp_path / "b.png", [{"bars": ([f"bar {i}" for i in x], y)}])
+    plotting.curves(tmp_path / "c.png", [{"histogram": y, "xlim": (-2, 2)}])
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("losses", [[0.0, 0.0], [1.0, NAN, INF], [2.0]])
+def test_any_losses_are_drawn(tmp_path, none_told, losses):
+    log = {"step": list(range(len(losses))), "loss": losses}
+    plotting.curves(tmp_path / "a.png", [
+        plotting.loss_curve(log, "loss"),
+        plotting.loss_by_t(lambda low, high: losses[low % len(losses)], [1, 3, 4], "by t")])
+    assert (tmp_path / "a.png").exists()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("p", [with_bad(9, 9), torch.full((9, 9), NAN), torch.zeros(9, 9),
+                               torch.rand(9, 9).bfloat16()])
+def test_any_densities_are_drawn(tmp_path, none_told, p):
+    plotting.densities(tmp_path / "a.png", [("a", p), ("true", p)], "title", 2.0)
+    assert (tmp_path / "a.png").exists()
+
+
+def test_a_hole_in_a_density_leaves_its_colours(tmp_path, monkeypatch, told):
+    seen = []
+    monkeypatch.setattr(plotting, "_finish", lambda sheet, *_: seen.append(sheet))
+    p = torch.tensor([[NAN, 1.0], [INF, 3.0]])
+    plotting.densities(tmp_path / "a.png", [("a", p / 2), ("true", p)], "title", 2.0)
+    assert [axis.images[0].get_clim() for axis in seen[0].axes] == [(0, 3)] * 2 and not told
+
+
+@pytest.mark.parametrize("values, asked, scale", [
+    ([0.0, 0.0], "log", "linear"), ([NAN, -1.0], "log", "linear"), ([0.0, 1e-3], "log", "log"),
+    ([-1.0, -9.0], "symlog", "symlog")])
+def test_a_log_scale_needs_a_positive_value(tmp_path, monkeypatch, told, values, asked, scale):
+    seen = []
+    monkeypatch.setattr(plotting, "_finish", lambda sheet, *_: seen.append(sheet))
+    part = {"lines": {"a": ([1, 2], values)}, "xscale": "log", "yscale": asked}
+    plotting.curves(tmp_path / "a.png", [part])
+    axis, = seen[0].axes
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", scale) and not told
+
+
+def test_a_histogram_is_drawn_over_its_xlim(tmp_path, monkeypatch, told):
+    seen = []
+    monkeypatch.setattr(plotting, "_finish", lambda sheet, *_: seen.append(sheet))
+    plotting.curves(tmp_path / "a.png", [{"histogram": [0.0, 1.0, 90.0], "xlim": (-2, 3)}])
+    bars = seen[0].axes[0].patches
+    assert len(bars) == 100 and not told
+    assert bars[0].get_x() == -2 and bars[-1].get_x() + bars[-1].get_width() == pytest.approx(3)
+
+
+def test_nothing_to_draw_writes_nothing(tmp_path, told):
+    plotting.curves(tmp_path / "a.png", [None])
+    plotting.curves(tmp_path / "a.png", [])
+    plotting.table(tmp_path / "a.png", [], "title")
+    plotting.table(tmp_path / "a.png", [torch.zeros(0, 1, 8, 8)], "title")
+    assert not list(tmp_path.iterdir()) and not told
+
+
+def test_pixels_that_are_not_finite():
+    x = torch.tensor([NAN, INF, -INF, 0.0]).view(1, 1, 2, 2)
+    assert torch.equal(plotting.to_rgb(x)[0, 0], torch.tensor([[0.0, 1.0], [0.0, 0.5]]))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_mean_of_the_others():
+    found = plotting.smooth([1.0, NAN, 3.0, INF, NAN, 5.0], 2)
+    assert np.array_equal(found, [1, 1, 3, 3, NAN, 5], equal_nan=True)
+
+
+def test_any_tensor_is_an_array():
+    assert plotting.to_numpy(torch.ones(2, requires_grad=True)).tolist() == [1, 1]
+    assert plotting.to_numpy(torch.ones(2, dtype=torch.bfloat16)).dtype == np.float32
+    assert plotting.to_numpy(torch.ones(2, dtype=torch.float64)).dtype == np.float64
