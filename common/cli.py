@@ -70,7 +70,8 @@ def command_line(main):
             if Path(sys.argv[0]).name != Path(main.__code__.co_filename).name:
                 say('main([]) trains and draws as typed, main(["--steps", "500"]) less')
                 return None
-            _open_streams()
+            if not in_kernel():  # whose streams are its own
+                _open_streams()
         try:
             return main(argv)
         except KeyboardInterrupt:

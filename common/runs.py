@@ -204,6 +204,10 @@ class Run:
             for key, value in values.items():
                 self._board.add_scalar(f"{Path(name).stem}/{key}", value, step)
 
+    def _close_logs(self):
+        while self._logs:
+            self._logs.popitem()[1].close()
+
     def read_log(self, name="log.csv"):
         """A log as {column: list of floats}; empty where there is none.
 
@@ -224,8 +228,7 @@ class Run:
 
     def trim_log(self, step, name="log.csv"):
         """Drop the rows after step: a resumed run writes them again."""
-        if name in self._logs:
-            self._logs.pop(name).close()
+        self._close_logs()
         if self.read_log(name):
             head, *rows = self.path(name).read_text("utf-8").splitlines(keepends=True)
             kept = [row for row in rows
@@ -330,6 +333,7 @@ class Run:
             hook.remove()
             for module in model.modules():
                 vars(module).pop("forward", None)  # what _dress put on
+            self._close_logs()
             if keep and self.main:
                 _release(self.folder)
             if before and not self.stopped:

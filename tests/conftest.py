@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common import plotting, runs
+from common.data import load_images
+
 import numpy as np
 import pytest
 import torch
-
-from common import plotting, runs
-from common.data import load_images
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the tensors here are small, and two test runs may share a machine

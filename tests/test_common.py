@@ -13,14 +13,6 @@ import types
 import urllib.error
 from typing import Literal
 
-import numpy as np
-import pytest
-import torch
-from conftest import assert_same_tree, open_picture, script_name
-from PIL import Image
-from torch import nn
-from torch.testing import assert_close
-
 import ddpm_example as ddpm
 from common import data, metrics, plotting, runs
 from common import judge as judges
@@ -35,6 +27,14 @@ from common.device import (
     set_random_state,
 )
 from common.runs import Run, load_checkpoint, newest, open_run
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same_tree, open_picture, script_name
+from PIL import Image
+from torch import nn
+from torch.testing import assert_close
 
 # Data
 

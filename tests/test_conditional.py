@@ -5,6 +5,11 @@ import json
 import math
 from itertools import groupby
 
+import common.data
+import conditional_diffusion_example as cond
+from common import plotting, runs
+from common.data import Data, load_images
+
 import pytest
 import torch
 from conftest import (
@@ -20,11 +25,6 @@ from conftest import (
 from torch.distributions import MultivariateNormal
 from torch.nn import functional as F
 from torch.testing import assert_close
-
-import common.data
-import conditional_diffusion_example as cond
-from common import plotting, runs
-from common.data import Data, load_images
 
 SCRIPT = "conditional_diffusion_example.py"
 

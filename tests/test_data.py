@@ -8,13 +8,13 @@ import urllib.error
 import warnings
 import zlib
 
+from common import cli, data, pictures
+
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment
 from PIL import Image
-
-from common import cli, data, pictures
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

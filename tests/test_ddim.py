@@ -3,14 +3,14 @@
 import json
 import math
 
+import ddim_example as ddim
+import ddpm_example as ddpm
+from common.runs import open_run as open_any_run
+
 import pytest
 import torch
 from conftest import only_run, open_picture, open_run, run_script
 from torch.testing import assert_close
-
-import ddim_example as ddim
-import ddpm_example as ddpm
-from common.runs import open_run as open_any_run
 
 MEAN, STD = 0.4, 0.3
 

@@ -2,6 +2,8 @@
 
 import math
 
+import ddpm_example as ddpm
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,6 @@ from conftest import ExactEps, gaussian_eps, mean_and_cov, mixture_eps, open_run
 from scipy import stats
 from torch import nn
 from torch.testing import assert_close
-
-import ddpm_example as ddpm
 
 ONE, ZERO = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
 KINDS = ("linear", "cosine")

@@ -9,18 +9,18 @@ import ast
 import functools
 from pathlib import Path
 
-import pytest
-import torch
-from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 import conditional_diffusion_example as conditional
 import ddim_example as ddim
 import ddpm_example as ddpm
 import latent_diffusion_example as latent
 import score_based_diffusion_example as sb
 from common import ode
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*sorted(ROOT.glob("*_example.py")), *sorted((ROOT / "common").glob("*.py"))]

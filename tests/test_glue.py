@@ -7,11 +7,6 @@ Toy pictures of 8 x 8 make every run a second or less; each test fails when its 
 import inspect
 import json
 
-import pytest
-import torch
-from conftest import open_run, script_name
-from torch.testing import assert_close
-
 import conditional_diffusion_example as conditional
 import ddim_example as ddim
 import ddpm_example as ddpm
@@ -20,6 +15,11 @@ import score_based_diffusion_example as score_based
 from common import metrics
 from common.data import Data
 from common.runs import Run
+
+import pytest
+import torch
+from conftest import open_run, script_name
+from torch.testing import assert_close
 
 MODULES = (ddpm, ddim, latent, conditional, score_based)
 every_script = pytest.mark.parametrize("module", MODULES, ids=script_name)

@@ -6,13 +6,13 @@ import json
 import math
 import sys
 
+from common import data, metrics
+from common import judge as judges
+
 import pytest
 import torch
 from conftest import ROOT
 from torch.testing import assert_close
-
-from common import data, metrics
-from common import judge as judges
 
 sys.path.insert(0, str(ROOT / "results"))
 import judge as shipped  # noqa: E402

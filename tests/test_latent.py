@@ -6,18 +6,18 @@ import json
 import math
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import ExactEps, only_run, open_picture, run_script, spied
-from torch import distributions
-from torch.testing import assert_close
-
 import latent_diffusion_example as latent
 from common import plotting
 from common.data import Data, load_images
 from common.device import training_cost
 from common.runs import load_checkpoint
 from common.runs import open_run as open_any
+
+import pytest
+import torch
+from conftest import ExactEps, only_run, open_picture, run_script, spied
+from torch import distributions
+from torch.testing import assert_close
 
 SMOKE = latent.PRESETS["smoke"]
 

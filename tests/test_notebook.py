@@ -5,11 +5,11 @@ import re
 import sys
 import types
 
+from common import cli
+
 import pytest
 import torch
 from conftest import ROOT, only_run
-
-from common import cli
 
 SCRIPTS = sorted(ROOT.glob("*_example.py"))
 
@@ -88,6 +88,16 @@ def test_arguments_of_the_kernel_are_not_the_script_s(kernel, monkeypatch):
     main = cli.command_line(lambda argv=None: seen.append(argv))
     main()  # of an imported module: a person asked for it
     assert seen == [None]
+
+
+def test_settings_of_a_run_go_by_their_names(tmp_path):
+    import ddpm_example as ddpm
+    from common.runs import new_run
+
+    cfg = ddpm.Config(steps=2, channels=8)
+    run = new_run("ddpm", cfg, out=str(tmp_path), seed=7, device="cpu", grad_checkpointing=True)
+    assert run.cfg == cfg and run.opts.seed == 7 and run.opts.grad_checkpointing
+    assert run.folder.parent == tmp_path / "ddpm" and run.device.type == "cpu"
 
 
 def test_run_is_a_command(kernel, monkeypatch, capsys):

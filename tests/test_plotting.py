@@ -5,15 +5,15 @@ import sys
 import types
 from pathlib import Path
 
+from common import plotting
+from common.data import Data
+
 import matplotlib
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-
-from common import plotting
-from common.data import Data
 
 pytestmark = pytest.mark.may_not_draw
 

@@ -7,6 +7,8 @@ import re
 import signal
 import time
 
+import ddpm_example as ddpm
+
 import pytest
 import torch
 from conftest import (
@@ -19,8 +21,6 @@ from conftest import (
     start_script,
 )
 from torch.testing import assert_close
-
-import ddpm_example as ddpm
 
 SCRIPT = "ddpm_example.py"
 FIGURES = ("forward", "schedules", "loss", "samples", "neighbours", "denoising", "bound", "preview")

@@ -8,18 +8,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import ddpm_example as ddpm
+import score_based_diffusion_example as sb
+from common import runs
+from common.cli import parse_args
+from common.data import POINTS, load_data, load_points
+
 import numpy as np
 import pytest
 import torch
 from conftest import only_run, open_picture, run_script
 from scipy.integrate import solve_ivp as reference_solve_ivp
 from torch.testing import assert_close
-
-import ddpm_example as ddpm
-import score_based_diffusion_example as sb
-from common import runs
-from common.cli import parse_args
-from common.data import POINTS, load_data, load_points
 
 SDES = {
     "ve": sb.VESDE, "vp": sb.VPSDE, "vp_cosine": lambda: sb.VPSDE(kind="cosine"),
