@@ -825,8 +825,9 @@ def figure_samples(run, cfg, samples, y, data):
     if cfg.classes:
         real = torch.stack([data.train[data.train_labels == c][i % 2]
                             for i, c in enumerate(y)])
+        names = [data.classes[c] for c in y]
         plotting.table(run.path("samples.png"), [samples, real], "As asked for",
-                       [spell(cfg, cfg.w_samples), "real"], [data.classes[c] for c in y])
+                       [spell(cfg, cfg.w_samples), "real"], names)
         return
     kinds = y.unique()[:10]
     counts = [(labels == c).sum() for c in kinds for labels in (y, data.test_labels)]

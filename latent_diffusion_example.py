@@ -31,10 +31,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from common import metrics, plotting
+from common.checkpoints import load_checkpoint, restore
 from common.cli import check_sizes, command_line, fail
 from common.data import Data, load_images
 from common.device import seeded, training_cost
-from common.runs import load_checkpoint, open_run, restore
+from common.runs import open_run
 
 import torch
 import torch.nn.functional as F

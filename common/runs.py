@@ -8,10 +8,8 @@ import json
 import math
 import os
 import signal
-import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -20,18 +18,29 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from . import metrics, plotting
+from .checkpoints import (
+    FORMAT,
+    anew,
+    check_kinds,
+    hold,
+    is_finite,
+    load_checkpoint,
+    new_folder,
+    release,
+    restore,
+    to_resume,
+    to_sample,
+)
 from .cli import (
     STOPPED,
     check_config,
     check_memory,
-    check_seed,
     config_from,
     fail,
     merge_config,
     parse_args,
     say,
 )
-from .data import ROOT
 from .device import (
     Meter,
     autocast,
@@ -43,9 +52,6 @@ from .device import (
     set_random_state,
     synchronize,
 )
-
-FORMAT = "diffusion-examples-1"
-HELD = {}  # the run folders that this process trains in, each with its lock
 
 
 def open_run(script, Config, presets, argv=None, reads=()):
@@ -62,19 +68,19 @@ def open_run(script, Config, presets, argv=None, reads=()):
     autocast(place.device, opts.amp)  # refuses what this device cannot do
     state = folder = where = None
     if opts.sample is not None:
-        source = _to_sample(opts, (script, *reads))
+        source = to_sample(opts, (script, *reads))
         where = f"--sample {source}"
         state = load_checkpoint(source, (script, *reads), where)
     elif opts.resume is not None:
-        source = folder = _to_resume(opts, script)
+        source = folder = to_resume(opts, script)
         where = f"--resume {source}"
         state = load_checkpoint(folder, (script,), where)
-        _check_kinds(state, {"loop": str, "optimizer": dict, "random": list}, where)
+        check_kinds(state, {"loop": str, "optimizer": dict, "random": list}, where)
         if opts.seed not in (None, state["seed"]):
             fail(f"--seed {opts.seed}: {source} goes on with its own, {state['seed']}")
         opts.seed = state["seed"]
     if state is not None:
-        opts.preset = opts.preset or state.get("preset")
+        opts.preset = opts.preset or state["preset"]
         if opts.preset in presets and not opts.config:
             cfg = dataclasses.replace(presets[opts.preset], **opts.given)
         stored = state["config"]
@@ -97,7 +103,7 @@ def open_run(script, Config, presets, argv=None, reads=()):
     if state is not None:
         run.say(f"loaded {source} (step {state['step']})")
     if folder and place.main:
-        _hold(folder)
+        hold(folder)
         run.read_metrics()  # one that cannot be read is told before the training
     return cfg, run
 
@@ -153,7 +159,7 @@ class Run:
     def folder(self):
         """The run folder, made when first asked for: a mistake leaves nothing."""
         if self._folder is None and self.main:
-            self._folder = _new_folder(Path(self.opts.out) / self.script)
+            self._folder = new_folder(Path(self.opts.out) / self.script)
             self.write_config()
             self.say(f"run folder: {self._folder}")
         return self._folder
@@ -288,7 +294,7 @@ class Run:
         """
         modules = {name: model, **others}
         if keep and self.main:
-            _hold(self.folder)  # a folder that cannot be made is told before
+            hold(self.folder)  # a folder that cannot be made is told before
         first = self._resume(name, modules, optimizer) if keep else 0
         if first is None:
             return
@@ -335,7 +341,7 @@ class Run:
                 vars(module).pop("forward", None)  # what _dress put on
             self._close_logs()
             if keep and self.main:
-                _release(self.folder)
+                release(self.folder)
             if before and not self.stopped:
                 signal.signal(signal.SIGINT, before)
 
@@ -475,7 +481,7 @@ class Run:
                  "optimizer": optimizer.state_dict(), "random": states,
                  **{name: module.state_dict() for name, module in modules.items()}}
         packed = io.BytesIO()
-        torch.save(_anew(state), packed)
+        torch.save(anew(state), packed)
         self._write("checkpoint.pt", packed.getbuffer())
 
     def _resume(self, loop, modules, optimizer):
@@ -592,149 +598,3 @@ def _in_precision(forward, device, amp):
         return tuple(part.float() for part in out)
 
     return cast
-
-
-def _anew(value):
-    """The same value in new containers, its strings interned.
-
-    Equal values then pickle to equal bytes, so that a resumed run can end with the very
-    file of one that never stopped.
-    """
-    if isinstance(value, str):
-        return sys.intern(value)
-    if isinstance(value, dict):
-        return {_anew(k): _anew(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_anew, value))
-    return value
-
-
-def _new_folder(parent):
-    """A new folder named after the time; never one that exists."""
-    stamp, count = time.strftime("%Y-%m-%d_%H-%M-%S"), 0
-    while True:
-        folder = parent / (stamp + (f"_{count}" if count else ""))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not parent.is_dir():
-                fail(f"--out {parent.parent}: is not a folder")
-            count += 1
-        except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
-            reason = getattr(problem, "strerror", problem)
-            fail(f"--out {str(parent.parent)!r}: cannot be written ({reason})")
-
-
-def _hold(folder):
-    """Keep other trainings out of a run folder; ends the program where one is in it."""
-    try:
-        import fcntl  # absent on Windows
-    except ImportError:
-        return
-    if folder.resolve() in HELD:
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-        HELD[folder.resolve()] = handle
-    except BlockingIOError:
-        fail(f"--resume {folder}: another process is training in it")
-    except OSError:  # a file system without locks
-        os.close(handle)
-
-
-def _release(folder):
-    """Undo _hold."""
-    if folder.resolve() in HELD:
-        os.close(HELD.pop(folder.resolve()))
-
-
-def newest(out, scripts):
-    """The newest run folder with a checkpoint among these scripts, or None."""
-    found = [file.parent for script in scripts
-             for file in (Path(out) / script).glob("*/checkpoint.pt")]
-    return max(found, key=lambda p: (p / "checkpoint.pt").stat().st_mtime, default=None)
-
-
-def _to_sample(opts, scripts):
-    """The checkpoint that --sample means: the one named, the newest or the shipped."""
-    shipped = [ROOT / "pretrained" / f"{name}.pt" for name in scripts]
-    source = opts.sample or newest(opts.out, scripts)
-    source = source or next((p for p in shipped if p.exists()), None)
-    if source is None:
-        names = " or ".join(scripts)
-        fail(f"--sample: no run of {names} under {opts.out}, and none is shipped")
-    return source
-
-
-def _to_resume(opts, script):
-    """The run folder that --resume means: the one named, or the newest."""
-    source = opts.resume or newest(opts.out, (script,))
-    if source is None:
-        fail(f"--resume: no run of {script} under {opts.out}")
-    source = Path(source)
-    if not _exists(source, Path.is_file):
-        return source
-    if source.name != "checkpoint.pt":
-        fail(f"--resume {source}: must be a run folder or the checkpoint.pt in it")
-    return source.parent
-
-
-def _exists(path, kind):
-    """kind(path), Path.is_file or is_dir; no name is too long or odd to ask."""
-    try:
-        return kind(path)
-    except (OSError, ValueError):
-        return False
-
-
-def load_checkpoint(path, scripts, where=None):
-    """The dict in a checkpoint file, or in a run folder, of one of these scripts.
-
-    where: what errors begin with, such as "--sample FILE"; else with the path.
-    """
-    path, where = Path(path), where or path
-    file = path / "checkpoint.pt" if _exists(path, Path.is_dir) else path
-    if not _exists(file, Path.is_file):
-        fail(f"{where}: no such checkpoint")
-    try:
-        with warnings.catch_warnings():  # of a foreign pickle: the error below says it
-            warnings.simplefilter("ignore")
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # a foreign file makes torch.load raise any of a dozen kinds
-        fail(f"{where}: truncated, or not a checkpoint of plain tensors")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        fail(f"{where}: not a checkpoint of this collection")
-    kinds = {"script": str, "seed": int, "step": int, "config": dict}
-    _check_kinds(state, kinds, where)
-    check_seed(state["seed"], where)
-    if state["script"] not in scripts:
-        fail(f"{where}: made by {state['script']}_example.py, this script reads "
-             f"{' or '.join(f'{s}_example.py' for s in scripts)}")
-    return state
-
-
-def _check_kinds(state, kinds, where):
-    """End the program where a checkpoint lacks an entry or has one of another type."""
-    if missing := sorted(set(kinds) - set(state)):
-        fail(f"{where}: incomplete, lacks {', '.join(missing)}")
-    for name, kind in kinds.items():
-        if type(state[name]) is not kind:
-            fail(f"{where}: damaged, {name} is of type {type(state[name]).__name__}, "
-                 f"must be {kind.__name__}")
-
-
-def is_finite(module):
-    """Whether all weights and buffers are finite numbers."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in
-               module.state_dict().values() if isinstance(tensor, torch.Tensor))
-
-
-def restore(module, state, where):
-    """module.load_state_dict(state); a state that does not fit ends the program."""
-    try:
-        module.load_state_dict(state)
-    except Exception:  # what is damaged makes it raise any of half a dozen kinds
-        kind = "weights do" if isinstance(module, nn.Module) else "optimiser state does"
-        fail(f"{where}: its {kind} not fit what its Config describes")

@@ -7,7 +7,7 @@ import urllib.error
 import zipfile
 
 import ddpm_example as ddpm
-from common.runs import FORMAT
+from common.checkpoints import FORMAT
 
 import pytest
 import torch

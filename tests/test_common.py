@@ -16,6 +16,7 @@ from typing import Literal
 import ddpm_example as ddpm
 from common import data, metrics, plotting, runs
 from common import judge as judges
+from common.checkpoints import load_checkpoint, newest
 from common.cli import check_config, command_line, config_from, parse_args, read_lines
 from common.device import (
     Launch,
@@ -26,7 +27,7 @@ from common.device import (
     seeded,
     set_random_state,
 )
-from common.runs import Run, load_checkpoint, newest, open_run
+from common.runs import Run, open_run
 
 import numpy as np
 import pytest

@@ -1038,7 +1038,7 @@ def test_sample_draws_exactly_the_classes_and_weights_asked_for(smoke, tmp_path,
     y, w = asked[0]
     assert y == [3, 1, 4, 1, 5] and w == 2.0  # these and no others
     (drawn, real), names, columns = tables["samples.png"]
-    assert len(drawn) == len(real) == 5 and columns == ("3", "1", "4", "1", "5")
+    assert len(drawn) == len(real) == 5 and columns == ["3", "1", "4", "1", "5"]
     data = load_images("digits")
     for picture, label in zip(real, (3, 1, 4, 1, 5), strict=True):
         same = (data.train == picture).flatten(1).all(1)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import latent_diffusion_example as latent
 from common import plotting
+from common.checkpoints import load_checkpoint
 from common.data import Data, load_images
 from common.device import training_cost
-from common.runs import load_checkpoint
 from common.runs import open_run as open_any
 
 import pytest
