@@ -27,7 +27,7 @@ How long it takes, what it draws and how good that is: results/ and README.md.
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from common import metrics, plotting
@@ -792,12 +792,17 @@ def figure_loss(run):
 
 @plotting.figure
 def figure_cost(run, cfg, shape):
-    """cost.png: a training step of the same U-Net, on latents and on pixels."""
+    """cost.png: a training step of the same U-Net, on latents and on pixels.
+
+    On pixels its levels have other sides, and no attention but that in the middle.
+    """
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     costs = {}
     with seeded(run.opts.seed, run.device):
-        for name, size in (("latent", latent_shape(cfg, shape)), ("pixel", shape)):
-            model = run.place(make_unet(cfg, size))
+        for name, size, attention in (
+                ("latent", latent_shape(cfg, shape), cfg.attention),
+                ("pixel", shape, ())):
+            model = run.place(make_unet(replace(cfg, attention=attention), size))
             x0 = torch.randn(cfg.batch_size, *size, device=run.device)
             costs[name] = training_cost(model, ddpm_loss, x0, schedule)
     ratio = {key: costs["pixel"][key] / costs["latent"][key] for key in costs["pixel"]}

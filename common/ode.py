@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from scipy.integrate import RK45
 
 
 def solve(velocity, state, t, s, tolerance):
@@ -11,6 +10,8 @@ def solve(velocity, state, t, s, tolerance):
     state: a tuple of tensors, and so are velocity's answers. tolerance: both relative
     and absolute. ArithmeticError where the solver gives up.
     """
+    from scipy.integrate import RK45
+
     sizes = np.cumsum([part.numel() for part in state])[:-1]
 
     def pack(parts):

@@ -1045,6 +1045,7 @@ def test_sample_draws_exactly_the_classes_and_weights_asked_for(smoke, tmp_path,
         assert data.train_labels[same].tolist() == [label]
     assert [([3, 1, 4, 1, 5], w) in asked for w in (0.0, 1.0, 3.0, 8.0)] == [True] * 4
     assert len(tables["same_noise.png"][0]) == 5
+    assert not (only_run(tmp_path, "conditional") / "loss.png").exists()  # nothing was trained
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 import ast
 import difflib
+import os
 import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -160,3 +162,33 @@ def test_common_holds_no_model_and_no_sampler(path):
     banned = [n for n in names if n in ("betas", "alpha_bars", "eps_hat", "score", "drift", "xt")
               or n.startswith(("ddim", "p_sample", "q_sample", "euler", "ancestral"))]
     assert not banned, f"{path.name} names {banned}"
+
+
+# What every start of a script passes
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_common_comes_before_torch(path):
+    """It sets how idle threads wait, which OpenMP reads when torch is loaded."""
+    modules = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+               for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    first = [name.partition(".")[0] for name in modules]
+    assert first.index("common") < min(first.index(name) for name in ("torch", "tqdm") if name in first)
+
+
+@pytest.mark.parametrize("user, expected", [
+    ({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)])
+def test_idle_threads_spin_briefly_unless_the_user_says_otherwise(user, expected):
+    code = "import os, sys, common; assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept | user, capture_output=True, text=True)
+    assert said.stdout.strip() == str(expected), said.stderr
+
+
+@pytest.mark.slow
+def test_no_script_loads_at_its_start_what_only_a_run_needs():
+    names = ", ".join(path.stem for path in SCRIPTS)
+    code = (f"import sys, {names}; "
+            "print([m for m in ('matplotlib', 'scipy', 'sklearn', 'torchvision', 'PIL') if m in sys.modules])")
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout.strip() == "[]", said.stdout + said.stderr
