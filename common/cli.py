@@ -82,7 +82,7 @@ def command_line(main):
             if frame.f_globals not in (main.__globals__, globals()):
                 raise
             fail(f"--{problem}")
-        except ArithmeticError as problem:
+        except FloatingPointError as problem:
             fail(str(problem))
         except OSError as problem:
             if problem.errno not in OUTSIDE:
@@ -111,6 +111,8 @@ class _Stream:
             self._stream.flush()
         except OSError:  # `| head -1`: nor may the rest fail when Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        except RuntimeError:  # Ctrl-C in the midst of a write, and its own word
+            pass
         return len(text)
 
     def __getattr__(self, name):
@@ -150,7 +152,8 @@ def read_lines(Config):
     `    # sampling` begins a block.
     """
     lines, block = {field.name: Line() for field in dataclasses.fields(Config)}, ""
-    for text in _source(Config).splitlines():
+    sources = map(_source, reversed(Config.__mro__[:-1]))  # what it inherits first
+    for text in "\n".join(sources).splitlines():
         if found := re.match(r"    (\w+):.*?  # (.+)$", text):
             if found[1] in lines:
                 lines[found[1]] = Line(found[2], block)

@@ -8,7 +8,7 @@ def solve(velocity, state, t, s, tolerance):
     """d state/dt = velocity(state, t) by adaptive RK45: yields (t, state) from t to s.
 
     state: a tuple of tensors, and so are velocity's answers. tolerance: both relative
-    and absolute. ArithmeticError where the solver gives up.
+    and absolute. FloatingPointError where the solver gives up.
     """
     from scipy.integrate import RK45
 
@@ -26,7 +26,7 @@ def solve(velocity, state, t, s, tolerance):
         u = np.clip(u, min(t, s), max(t, s))  # scipy 1.11 looks beyond the ends
         slope = pack(velocity(unpack(flat), float(u)))
         if not np.isfinite(slope).all():  # of which the solver would never tire
-            raise ArithmeticError(f"the ODE solver stopped at t = {u:g}: nan or inf")
+            raise FloatingPointError(f"the ODE solver stopped at t = {u:g}: nan or inf")
         return slope
 
     solver = RK45(rhs, t, pack(state), s, rtol=tolerance, atol=tolerance)
@@ -35,4 +35,5 @@ def solve(velocity, state, t, s, tolerance):
         failure = solver.step()
         yield solver.t, unpack(solver.y)
     if solver.status == "failed":
-        raise ArithmeticError(f"the ODE solver stopped at t = {solver.t:g}: {failure}")
+        reason = f"the ODE solver stopped at t = {solver.t:g}: {failure}"
+        raise FloatingPointError(reason)

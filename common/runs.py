@@ -533,8 +533,8 @@ class Run:
                 for _, x in states(batch):
                     bar.update()
                 if not x.isfinite().all():
-                    raise ArithmeticError("the samples are not finite numbers: the "
-                                          "network has diverged (--lr too high?)")
+                    raise FloatingPointError("the samples are not finite numbers: the "
+                                             "network has diverged (--lr too high?)")
                 parts.append(x)
         return torch.cat(parts), {
             "n": n, "seconds": meter.seconds,

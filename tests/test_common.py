@@ -645,6 +645,17 @@ def test_a_cell_that_was_edited_and_run_again_counts(monkeypatch):
     assert read_lines(module.CellConfig)["S"].rule == ">= 7"
 
 
+@dataclasses.dataclass(frozen=True)
+class Mine(Toy):
+    T: int = 4  # my own, >= 3
+
+
+def test_a_config_that_inherits_another_s_lines():
+    lines, before = read_lines(Mine), read_lines(Toy)
+    assert lines.pop("T").rule == ">= 3" and before.pop("T").rule == ">= 1"
+    assert lines == before
+
+
 def test_without_any_source_the_flags_still_work(monkeypatch, capsys):
     module = run_cell(monkeypatch, CELL.format(S=50), keep=False)
     Config = module.CellConfig

@@ -282,6 +282,14 @@ def test_a_run_outlives_whoever_reads_it(how, tmp_path):
     torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
+def test_a_stream_interrupted_in_a_write_stops_nothing():
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call inside a writer")
+
+    assert cli._Stream(Busy()).write("word") == 4
+
+
 # Ctrl-C
 
 
