@@ -89,7 +89,7 @@ class Config:
     groups: int = 8  # groups of each group norm, >= 1 (code: 32)
     dropout: float = 0.0  # in the residual blocks, in [0, 1) (paper: 0 or 0.1)
     patch: int = 2  # side of the pixel blocks made channels, >= 1 (paper: none, 1)
-    dit_width: int = 96  # width of the DiT, in [4, 1e4] (DiT: 384 to 1152)
+    dit_width: int = 96  # width of the DiT, in [4, 4096] (DiT: 384 to 1152)
     dit_depth: int = 4  # blocks of the DiT, in [1, 100] (DiT: 12 to 28)
     dit_heads: int = 4  # attention heads of the DiT, >= 1 (DiT: 6 to 16)
     dit_patch: int = 4  # side of the DiT's patches, >= 1 (DiT: 2, 4 or 8)
@@ -103,7 +103,7 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient, > 0 (paper: none)
     ema: float = 0.999  # decay of the weights' average, in [0, 1) (paper: 0.9999)
     preview_every: int = 2500  # steps between previews and checkpoints, >= 1
-    compare: float = 0.0  # seconds of training for U-Net and DiT each, >= 0; 0: neither
+    compare: float = 0.0  # seconds of training for U-Net and DiT each, in [0, 1e6]
 
 
 DIT = Config(  # [DiT] Table 1 with patches of 2, trained as there, on CIFAR-10's pixels

@@ -49,13 +49,13 @@ class Config:
     # autoencoder
     vae: str = ""  # run or checkpoint whose autoencoder is taken, without stage 1
     factor: Literal[2, 4, 8] = 4  # f, by which sides shrink (paper: 1 to 32)
-    z_channels: int = 4  # channels of the latents, in [1, 1000] (paper: 3 or 4)
-    vae_channels: int = 32  # base width of the autoencoder, in [4, 1e4] (code: 128)
+    z_channels: int = 4  # channels of the latents, in [1, 256] (paper: 3 or 4)
+    vae_channels: int = 32  # base width of the autoencoder, in [4, 2048] (code: 128)
     vae_blocks: int = 1  # residual blocks a level, in [1, 100] (code: 2)
     vae_patch: Literal[1, 2, 4, 8] = 2  # side of pixel blocks made channels (paper: 1)
-    kl_weight: float = 1e-2  # of the KL, summed as the error is, >= 0 (paper: 1e-6)
+    kl_weight: float = 1e-2  # of the summed KL, in [0, 100] (paper: 1e-6)
     reconstruction: Literal["l1", "l2"] = "l2"  # error (code: l1 and perceptual)
-    adversarial: float = 0.0  # weight of the discriminator, >= 0; 0: none (code: 0.5)
+    adversarial: float = 0.0  # weight of the discriminator, in [0, 100] (code: 0.5)
     adversarial_start: int = 500  # stage-1 steps before it joins, >= 0 (code: 50001)
     vae_steps: int = 2000  # optimiser steps of stage 1, >= 1
     vae_lr: float = 2e-3  # peak learning rate of stage 1, > 0 (code: 4.5e-6 a picture)
@@ -571,14 +571,16 @@ def make_vae(cfg, shape):
 def latent_shape(cfg, shape):
     """(c, h, w) of the latents of images of shape (C, H, W)."""
     _, H, W = shape
-    if H % cfg.factor or W % cfg.factor:
-        raise ValueError(f"factor {cfg.factor}: must divide the image size {H}")
-    side, multiple = H // cfg.factor, cfg.patch * 2 ** max(0, len(cfg.mults) - 1)
-    if side % multiple:
-        raise ValueError(f"factor {cfg.factor}: makes latents of side {side} from "
-                         f"images of {H}, must be a multiple of {multiple} "
-                         f"(patch {cfg.patch}, {len(cfg.mults)} levels)")
-    return cfg.z_channels, side, W // cfg.factor
+    multiple = cfg.factor * cfg.patch * 2 ** max(0, len(cfg.mults) - 1)
+    for side in (H, W):
+        if side % multiple or not side:
+            low = side // multiple * multiple
+            near = ", ".join(str(size) for size in (low, low + multiple) if size)
+            raise ValueError(
+                f"image_size {side}: must be a multiple of {multiple} (factor "
+                f"{cfg.factor}, patch {cfg.patch}, {len(cfg.mults)} levels), "
+                f"nearest: {near}")
+    return cfg.z_channels, H // cfg.factor, W // cfg.factor
 
 
 # %% 5. Training

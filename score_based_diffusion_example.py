@@ -59,20 +59,20 @@ class Config:
     sde: Literal["ve", "vp", "subvp"] = "vp"  # the SDE (paper: all three)
     beta: Literal["linear", "cosine"] = "linear"  # beta(t) of vp, subvp (paper: linear)
     beta_min: float = 0.1  # beta(0) of the linear beta, > 0 (paper: 0.1)
-    beta_max: float = 20.0  # beta(1) of the linear beta, > 0 (paper: 20)
+    beta_max: float = 20.0  # beta(1) of the linear beta, in (0, 1e4] (paper: 20)
     sigma_min: float = 0.01  # least noise of ve, > 0 (paper: 0.01)
-    sigma_max: float = 50.0  # most noise of ve, > 0 (paper: 50)
+    sigma_max: float = 50.0  # most noise of ve, in (0, 1e6] (paper: 50)
     weighting: Literal["simple", "likelihood"] = "simple"  # lambda(t): std^2 or g^2
     # sampling
     sampler: Sampler = "pc"  # which one (paper: pc for ve, em for vp and subvp)
     N: int = 500  # steps, in [1, 1e6]; rk4 makes N / 4, rk45 its own (paper: 1000)
-    snr: float = 0.16  # r of the corrector, > 0 (paper: ve 0.16, vp 0.01)
-    corrector_steps: int = 1  # Langevin steps a predictor step, >= 1 (paper: 1)
-    tolerance: float = 1e-4  # relative and absolute, of rk45, in (0, 1) (paper: 1e-5)
+    snr: float = 0.16  # r of the corrector, in (0, 10] (paper: ve 0.16, vp 0.01)
+    corrector_steps: int = 1  # a predictor step, in [1, 1000] (paper: 1)
+    tolerance: float = 1e-4  # of rk45, both kinds, in [1e-12, 1) (paper: 1e-5)
     denoise: bool = True  # end with Tweedie's formula (paper: yes)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1]; images only (paper: no)
-    std_floor: float = 1e-5  # least std in -eps_hat / std, >= 0
-    temperature: float = 1.0  # scales the starting noise, >= 0 (paper: 1)
+    std_floor: float = 1e-5  # least std in -eps_hat / std, in [0, 1]
+    temperature: float = 1.0  # scales the starting noise, in [0, 100] (paper: 1)
     likelihood: int = 16  # held-out examples whose likelihood is computed, >= 0
     n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]; of points 100 times
     # data
@@ -94,7 +94,7 @@ class Config:
     skip_rescale: bool = False  # residual sums times 1/sqrt(2) (paper: yes)
     biggan: bool = False  # residual blocks that resample inside (paper: yes)
     progressive_input: bool = False  # shrunken input at each level (paper: NCSN++ yes)
-    hidden: int = 128  # width of the MLP, in [1, 1e4]
+    hidden: int = 128  # width of the MLP, in [1, 4096]
     layers: int = 4  # hidden layers of the MLP, in [1, 100]
     # training
     steps: int = 8000  # optimiser steps, >= 1 (paper: 1300000)
@@ -1154,8 +1154,9 @@ def check_data(run, cfg, sde, data):
     if cfg.sampler not in sde.samplers:
         raise ValueError(f"sampler {cfg.sampler}: must be one of "
                          f"{', '.join(sde.samplers)} with --sde {cfg.sde}")
-    if cfg.flip and points:
-        raise ValueError(f"flip True: --dataset {cfg.dataset} holds no images")
+    for name in ("flip", "dequantize", "image_size"):
+        if points and run.opts.given.get(name):
+            raise ValueError(f"{name}: --dataset {cfg.dataset} holds no images")
     if run.opts.given.get("likelihood") and not points and not is_8bit(data.test):
         raise ValueError(f"likelihood {cfg.likelihood}: --dataset {cfg.dataset} at "
                          "this size must be 8-bit images or points")

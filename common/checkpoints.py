@@ -124,9 +124,15 @@ def load_checkpoint(path, scripts, where=None):
     check_kinds(state, kinds, where)
     check_seed(state["seed"], where)
     if state["script"] not in scripts:
-        fail(f"{where}: made by {state['script']}_example.py, this script reads "
-             f"{' or '.join(f'{s}_example.py' for s in scripts)}")
+        fail(f"{where}: made by {_file(state['script'])}, this script reads "
+             f"{' or '.join(map(_file, scripts))}")
     return state
+
+
+def _file(script):
+    """The file of a script by the name of its runs; what has none is quoted."""
+    files = sorted(file.name for file in ROOT.glob("*_example.py"))
+    return next((file for file in files if file.startswith(script)), repr(script))
 
 
 def check_kinds(state, kinds, where):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 KERNELS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 STOPPED = 130  # the exit status after Ctrl-C, as a shell gives it
 # a range in a comment: ">= 1", "> 0", "in [0, 1)", "in [1, 1e6]"
-RULE = re.compile(r">=? -?[\d.]+|\bin [\[(]-?[\d.e]+, -?[\d.e]+[\])]")
+RULE = re.compile(r">=? -?[\d.]+|\bin [\[(][\d.e-]+, [\d.e-]+[\])]")
 # what no program can mend, and is told in a line: disk full, no permission, ...
 OUTSIDE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES,
            errno.EPERM, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG}
@@ -33,6 +33,12 @@ def say(text, file=None):
     """Print a line, above a progress bar where there is one; from one process only."""
     if not re.fullmatch(r"[1-9]\d*", os.environ.get("RANK", "")):
         tqdm.write(" ".join(str(text).splitlines()), file or sys.stdout)
+
+
+@functools.cache
+def say_once(text):
+    """say(text), the first time."""
+    say(text)
 
 
 def fail(message):
@@ -227,7 +233,7 @@ def check_sizes(image_size, channels, mults, attention, heads, groups, patch):
     check_memory("channels", channels, 5 * 10 * 9 * (channels * max(mults)) ** 2)
     sides = [image_size // patch // 2**level for level in range(len(mults))]
     for side in set(attention) - set(sides):
-        say(f"note: --attention {side} changes nothing, "
+        say_once(f"note: --attention {side} changes nothing, "
             f"the levels have sides {spell(tuple(sides))}")
 
 

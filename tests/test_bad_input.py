@@ -7,6 +7,7 @@ import urllib.error
 import zipfile
 
 import ddpm_example as ddpm
+from common import cli
 from common.checkpoints import FORMAT
 
 import pytest
@@ -137,12 +138,21 @@ def test_a_variable_of_torchrun_that_is_no_number(variable, capsys, tmp_path, mo
 
 
 def test_an_attention_that_no_level_has_is_said(capsys):
+    cli.say_once.cache_clear()
     sizes = dict(image_size=28, channels=8, heads=1, groups=4, patch=2)
     ddpm.UNet(1, mults=(1, 2), attention=(7, 9), **sizes)
     said = capsys.readouterr().out
     assert "--attention 9 changes nothing" in said and "14 7" in said and len(said.splitlines()) == 1
     ddpm.UNet(1, mults=(1, 2), attention=(14, 7), **sizes)
     assert capsys.readouterr().out == ""
+
+
+def test_a_script_is_named_by_its_file(capsys, tmp_path, trained):
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
+    for name, file in (("latent", "latent_diffusion_example.py"), ("no/such", "'no/such'")):
+        torch.save(state | {"script": name}, tmp_path / "other.pt")
+        said = refused(capsys, tmp_path, "--sample", tmp_path / "other.pt")
+        assert f"made by {file}, this script reads ddpm_example.py" in said
 
 
 def test_a_folder_name_that_cannot_be(capsys, tmp_path):
@@ -210,7 +220,7 @@ def test_foreign_checkpoints(kind, how, capsys, tmp_path, trained):
     assert str(folder) in said
     assert (folder / "checkpoint.pt").read_bytes() == before
     if kind == "other script":
-        assert "score_based_example.py" in said and "ddpm_example.py" in said
+        assert "score_based_diffusion_example.py" in said and "ddpm_example.py" in said
 
 
 def change(trained, tmp_path, **values):

@@ -1400,7 +1400,7 @@ BAD = [
     (["--sigma_min", "50"], "--sigma_min 50.0: must be below --sigma_max 50.0"),
     (["--beta_min", "30"], "--beta_min 30.0: must be below"),
     (["--steps", "0"], "--steps 0"), (["--N", "0"], "--N 0: must be in [1, 1e6]"),
-    (["--snr", "0"], "--snr 0.0: must be > 0"), (["--sde", "vpx"], "--sde vpx: must be one of"),
+    (["--snr", "0"], "--snr 0.0: must be in (0, 10]"), (["--sde", "vpx"], "--sde vpx: must be one of"),
     (["--sampler", "heun"], "--sampler heun"), (["--beta", "sigmoid"], "--beta sigmoid"),
     (["--sde", "subvp", "--sampler", "ancestral"], "--sampler ancestral: must be one of em"),
     (["--dataset", "swiss_roll", "--model", "unet"], "--model unet: must be auto or mlp"),
@@ -1411,12 +1411,12 @@ BAD = [
     (["--dataset", "swiss_roll", "--evaluate"], "--evaluate 500: --dataset swiss_roll has no labels"),
     (["--dataset", "swissroll"], "--dataset swissroll: must be one of"),
     (["--temperature", "-1"], "--temperature -1.0"), (["--std_floor", "-1"], "--std_floor -1.0"),
-    (["--tolerance", "1"], "--tolerance 1.0: must be in (0, 1)"),
-    (["--corrector_steps", "0"], "--corrector_steps 0: must be >= 1"),
+    (["--tolerance", "1"], "--tolerance 1.0: must be in [1e-12, 1)"),
+    (["--corrector_steps", "0"], "--corrector_steps 0: must be in [1, 1000]"),
     (["--likelihood", "-1"], "--likelihood -1: must be >= 0"),
     (["--ema", "1"], "--ema 1.0: must be in [0, 1)"),
     (["--groups", "3"], "--groups 3: must divide channels 8"), (["--heads", "3"], "--heads 3: must divide"),
-    (["--dataset", "swiss_roll", "--flip"], "--flip True: --dataset swiss_roll holds no images"),
+    (["--dataset", "swiss_roll", "--flip"], "--flip: --dataset swiss_roll holds no images"),
 ]
 
 
