@@ -973,7 +973,7 @@ def test_another_script_s_checkpoint_gives_what_the_two_share(drawn_from, tmp_pa
     cfg, _ = open_run("other", Fewer, {"smoke": Fewer(extra=0.75)}, argv, reads=("toy",))
     assert cfg.T == 5 and cfg.extra == 0.75
     said = complaint(capsys, open_run, "other", Fewer, {"smoke": Fewer()}, argv)
-    assert "made by toy_example.py" in said and "other_example.py" in said
+    assert "made by 'toy', this script reads 'other'" in said
 
 
 def test_the_config_of_a_sampling_run_is_that_of_its_draw(drawn_from, tmp_path):
