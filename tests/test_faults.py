@@ -106,6 +106,7 @@ def test_metrics_cut_short_are_told_before_the_training(content, folder, capsys,
     assert str(folder / "metrics.json") in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["", "st", "step,loss,grad_norm,lr\n", "step,loss,grad_norm,lr\n1,0.5,1.0,0.1\n2,0."])
 def test_a_run_killed_before_its_log_was_whole_resumes(left, trained, folder, tmp_path):
     """As kill -9 leaves it: a checkpoint of step 0, of the log nothing, a torn head or a torn row."""
@@ -199,6 +200,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
 def test_a_run_at_work_elsewhere_is_not_resumed(folder, capsys, tmp_path):
     other = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE)
