@@ -32,7 +32,7 @@ from typing import Literal, NamedTuple
 
 from common import metrics, plotting
 from common.checkpoints import load_checkpoint, restore
-from common.cli import check_sizes, command_line, fail
+from common.cli import check_multiple, check_sizes, command_line, fail
 from common.data import Data, load_images
 from common.device import seeded, training_cost
 from common.runs import open_run
@@ -571,15 +571,10 @@ def make_vae(cfg, shape):
 def latent_shape(cfg, shape):
     """(c, h, w) of the latents of images of shape (C, H, W)."""
     _, H, W = shape
-    multiple = cfg.factor * cfg.patch * 2 ** max(0, len(cfg.mults) - 1)
+    levels = len(cfg.mults)
     for side in (H, W):
-        if side % multiple or not side:
-            low = side // multiple * multiple
-            near = ", ".join(str(size) for size in (low, low + multiple) if size)
-            raise ValueError(
-                f"image_size {side}: must be a multiple of {multiple} (factor "
-                f"{cfg.factor}, patch {cfg.patch}, {len(cfg.mults)} levels), "
-                f"nearest: {near}")
+        check_multiple(side, cfg.factor * cfg.patch * 2 ** max(0, levels - 1),
+                       f"factor {cfg.factor}, patch {cfg.patch}, {levels} levels")
     return cfg.z_channels, H // cfg.factor, W // cfg.factor
 
 
@@ -801,10 +796,10 @@ def figure_cost(run, cfg, shape):
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     costs = {}
     with seeded(run.opts.seed, run.device):
-        for name, size, attention in (
-                ("latent", latent_shape(cfg, shape), cfg.attention),
-                ("pixel", shape, ())):
-            model = run.place(make_unet(replace(cfg, attention=attention), size))
+        on_pixels = replace(cfg, attention=())
+        for name, size, how in (("latent", latent_shape(cfg, shape), cfg),
+                                ("pixel", shape, on_pixels)):
+            model = run.place(make_unet(how, size))
             x0 = torch.randn(cfg.batch_size, *size, device=run.device)
             costs[name] = training_cost(model, ddpm_loss, x0, schedule)
     ratio = {key: costs["pixel"][key] / costs["latent"][key] for key in costs["pixel"]}

@@ -217,12 +217,8 @@ def check_sizes(image_size, channels, mults, attention, heads, groups, patch):
     """ValueError where a script's UNet of these sizes cannot be built."""
     if not mults:
         raise ValueError("mults: needs at least one number")
-    multiple = patch * 2 ** (len(mults) - 1)
-    if image_size % multiple:
-        low = image_size // multiple * multiple
-        near = ", ".join(str(size) for size in (low, low + multiple) if size)
-        raise ValueError(f"image_size {image_size}: must be a multiple of {multiple} "
-                         f"(patch {patch}, {len(mults)} levels), nearest: {near}")
+    check_multiple(image_size, patch * 2 ** (len(mults) - 1),
+                   f"patch {patch}, {len(mults)} levels")
     if channels % 2:
         raise ValueError(f"channels {channels}: must be even (sines and cosines of t)")
     for name, divisor in (("groups", groups), ("heads", heads)):
@@ -235,6 +231,15 @@ def check_sizes(image_size, channels, mults, attention, heads, groups, patch):
     for side in set(attention) - set(sides):
         say_once(f"note: --attention {side} changes nothing, "
             f"the levels have sides {spell(tuple(sides))}")
+
+
+def check_multiple(image_size, multiple, why):
+    """ValueError where a side of the images is no multiple, with the nearest ones."""
+    if image_size % multiple or not image_size:
+        low = image_size // multiple * multiple
+        near = ", ".join(str(size) for size in (low, low + multiple) if size)
+        raise ValueError(f"image_size {image_size}: must be a multiple of {multiple} "
+                         f"({why}), nearest: {near}")
 
 
 def check_memory(name, value, numbers):
