@@ -5,7 +5,7 @@
 
     python conditional_diffusion_example.py                  train, draw class by class
     python conditional_diffusion_example.py --sample --classes 3 1 4 1 5 --w 0 1 3 8
-    python conditional_diffusion_example.py --sample --guidance classifier
+    python conditional_diffusion_example.py --p_uncond 1 --guidance classifier
     python conditional_diffusion_example.py --sample --evaluate 500   accuracy against w
     python conditional_diffusion_example.py --backbone dit   a transformer for the U-Net
     python conditional_diffusion_example.py --compare 240    both, in equal time
@@ -25,8 +25,10 @@ Departures from the papers:
   3. of [ADM]'s U-Net only the norm, on [DDPM]'s; on 2x2 blocks of pixels (`patch`), and
      its up path narrows before it doubles the resolution; the DiT works on pixels;
   4. the noisy classifier ends in an average pool, [ADM]'s in attention;
-  5. x0_hat is clamped to [-1, 1] while sampling (`clip_x0`): after the guidance, but in
-     [ADM] Alg. 1 before it;
+  5. x0_hat is clamped to [-1, 1] while sampling (`clip_x0`): after classifier-free
+     guidance, but before the push of a classifier, as in [ADM]'s code. That push wants
+     an unconditional network of its own (`--p_uncond 1`, trained without labels): the
+     null class of the other, which sees few pictures, is a poor one;
   6. a cosine decay of the learning rate, clipped gradients, a shorter average of the
      weights, which follows them faster at first.
 
@@ -61,7 +63,7 @@ class Config:
     schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: both)
     beta_1: float = 1e-4  # first variance, linear schedule, in (0, 1) (paper: 1e-4)
     beta_T: float = 0.02  # last variance, linear schedule, in (0, 1) (paper: 0.02)
-    p_uncond: float = 0.1  # share of labels dropped, in [0, 1) (paper: 0.1, 0.2, 0.5)
+    p_uncond: float = 0.1  # share of labels dropped, in [0, 1] (paper: 0.1, 0.2, 0.5)
     # sampling
     guidance: Guidance = "classifier_free"  # of the samples; none: the labels alone
     classes: tuple[str, ...] = ()  # what to draw, in order; none: n_samples of all
@@ -110,14 +112,14 @@ DIT = Config(  # [DiT] Table 1 with patches of 2, trained as there, on CIFAR-10'
     backbone="dit", dit_patch=2, dataset="cifar10", flip=True, steps=400_000,
     batch_size=256, lr=1e-4, warmup=0, decay="constant", grad_clip=1e9, ema=0.9999,
     preview_every=5000, w=(0.0, 0.5, 1.5, 3.0), w_samples=0.5,  # its scale 1.5
-    S=250, eta=1.0, classifier_steps=50_000)
+    S=250, eta=1.0, clip_x0=False, classifier_steps=50_000)
 PRESETS = {
     "laptop": Config(),
     "smoke": Config(
         T=20, channels=8, groups=4, dit_width=16, dit_depth=2, dit_heads=2, steps=6,
         batch_size=8, warmup=2, preview_every=3, S=5, w=(0.0, 2.0), n_samples=20,
         classifier_steps=4),
-    "paper": Config(  # [DDPM]'s CIFAR-10 network with the norm and attention of [ADM]
+    "ddpm_adagn": Config(  # [DDPM]'s CIFAR-10 network, [ADM]'s norm and attention
         dataset="cifar10", flip=True, channels=128, mults=(1, 2, 2, 2), blocks=2,
         attention=(16, 8), heads=4, groups=32, dropout=0.1, patch=1, steps=800_000,
         batch_size=128, lr=2e-4, warmup=5000, decay="constant", ema=0.9999,
@@ -237,16 +239,21 @@ def classifier_gradient(classifier, xt, t, y):
         return torch.autograd.grad(log_p, xt)[0]
 
 
-def classifier_guided_eps(model, classifier, xt, t, y, s, alpha_bars):
+def classifier_guided_eps(model, classifier, xt, t, y, s, alpha_bars, clip_x0=False):
     """Classifier guidance of the unconditional network -> like xt: (B, C, H, W).
 
     t: int or (B,) int64, y: (B,) int64, s: number or (B,). classifier(xt, t) gives
-    logits (B, classes). With exact networks s = 1 + w makes this cfg_eps. Source: [ADM]
-    Alg. 2, with the scale s of Sec. 4.3.
+    logits (B, classes). With exact networks s = 1 + w makes this cfg_eps. clip_x0: the
+    unconditional x0_hat is clamped, and then pushed. Source: [ADM] Alg. 2, with the
+    scale s of Sec. 4.3.
     """
     t = torch.as_tensor(t, device=xt.device).expand(len(xt))
     alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
     eps_u = model(xt, t, torch.full_like(y, model.classes))
+    if clip_x0:
+        x0_hat = (xt - (1 - alpha_bar).sqrt() * eps_u) / alpha_bar.sqrt()
+        x0_hat = x0_hat.clamp(-1, 1)
+        eps_u = (xt - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
     gradient = classifier_gradient(classifier, xt, t, y)
     push = (1 - alpha_bar).sqrt() * per_image(s, xt) * gradient
     return eps_u - push  # [ADM] Eq. 14
@@ -265,6 +272,7 @@ def classifier_guided_process(model, classifier, xT, schedule, y, s,
         mean, sigma2 = p_theta(unconditional, xt, t, schedule, variance, clip_x0)
         gradient = classifier_gradient(classifier, xt, torch.full_like(y, t), y)
         z = torch.randn_like(xt) if t > 1 else torch.zeros_like(xt)
+        # the gradient at x_t, as printed and coded; Eq. 5, 6 derive it at the mean
         mean = mean + per_image(s, xt) * sigma2 * gradient  # [ADM] Alg. 1, Eq. 10
         xt = mean + sigma2.sqrt() * z
     yield 0, xt
@@ -285,8 +293,9 @@ def guided_process(model, xT, schedule, y, w=2.0, guidance="classifier_free",
             model, classifier, xT, schedule, y, s, variance, clip_x0)
     if guidance == "classifier":
         eps = partial(classifier_guided_eps, model, classifier, y=y, s=s,
-                      alpha_bars=schedule.alpha_bars)
-    elif guidance == "classifier_free":
+                      alpha_bars=schedule.alpha_bars, clip_x0=clip_x0)
+        return ddim_process(eps, xT, schedule, S, eta, spacing, clip_x0=False)
+    if guidance == "classifier_free":
         eps = partial(cfg_eps, model, y=y, w=w)
     else:
         eps = partial(model, y=y)
@@ -873,7 +882,12 @@ def figure_guidance(run, cfg, model, data, schedule, classifier, settings):
     """guidance.png: accuracy, Fréchet distance, recall against w, both guidances."""
     n, weights = run.opts.evaluate, sorted({*cfg.w, -1.0, 0.0, cfg.w_samples})
     y, scores = torch.arange(n, device=run.device) % len(data.classes), {}
-    for guidance in ("classifier_free", "classifier"):
+    if cfg.p_uncond == 1:
+        names = {"classifier": "classifier, unconditional network"}
+    else:
+        names = {"classifier_free": "classifier-free",
+                 "classifier": "classifier, on the null class"}
+    for guidance in names:
         changed = settings | {"guidance": guidance, "classifier": classifier}
         for w in weights:
             def states(batch, w=w, changed=changed):
@@ -886,8 +900,8 @@ def figure_guidance(run, cfg, model, data, schedule, classifier, settings):
     titles = {"accuracy": "agrees with the label", "recall": "recall",
               "frechet_distance": "Fréchet distance in features"}
     plotting.curves(run.path("guidance.png"), [
-        {"lines": {name: (weights, [row[key] for row in scores[name].values()], "o-")
-                   for name in scores},
+        {"lines": {name: (weights, [row[key] for row in scores[kind].values()], "o-")
+                   for kind, name in names.items()},
          "levels": {"held out": found[f"{key}_of_held_out"]} if key != "recall" else {},
          "xlabel": "guidance w = s - 1", "title": title}
         for key, title in titles.items()], f"{n} samples a point")
@@ -896,12 +910,24 @@ def figure_guidance(run, cfg, model, data, schedule, classifier, settings):
 def classifier_accuracy(classifier, data, schedule):
     """{t: share of held-out x_t that the noisy classifier gets right}."""
     found = {}
-    for share in (0, 0.1, 0.25, 0.5, 0.75, 1):
+    for share in (0, *(i / 20 for i in range(1, 21))):
         t = max(1, round(schedule.T * share))
         xt = q_sample(data.test, t, torch.randn_like(data.test), schedule.alpha_bars)
         logits = classifier(xt, torch.full((len(xt),), t, device=xt.device))
         found[t] = (logits.argmax(1) == data.test_labels).float().mean().item()
     return found
+
+
+@plotting.figure
+def figure_classifier(run, classifier, data, schedule):
+    """classifier.png: how often the noisy classifier is right at t."""
+    found = classifier_accuracy(classifier, data, schedule)
+    run.add_metrics(noisy_classifier_accuracy_by_t=found)
+    plotting.curves(run.path("classifier.png"), [{
+        "lines": {"noisy classifier": (list(found), list(found.values()), "o-")},
+        "levels": {"by chance": 1 / len(data.classes)},
+        "xlabel": "t", "ylim": (0, 1.02),
+        "title": f"right on {len(data.test)} held-out x_t"}])
 
 
 def compare(cfg, run, data, schedule):
@@ -939,6 +965,8 @@ def compare(cfg, run, data, schedule):
 
 def spell(cfg, w):
     """How a weight is written in the figures."""
+    if w == -1 and cfg.guidance != "none":
+        return "unconditional"
     return {"classifier_free": f"w = {w:g}", "classifier": f"s = {1 + w:g}",
             "none": "no guidance"}[cfg.guidance]
 
@@ -956,6 +984,9 @@ def asked_classes(cfg, data, evaluates):
     if cfg.p_uncond == 0 and (cfg.guidance != "none" or evaluates):
         raise ValueError(f"p_uncond {cfg.p_uncond:g}: must be > 0 for guidance, which "
                          "asks the network for the null class")
+    if cfg.p_uncond == 1 and cfg.guidance != "classifier":
+        raise ValueError(f"p_uncond {cfg.p_uncond:g}: must be < 1 with --guidance "
+                         f"{cfg.guidance}: the network would never see a label")
     return [known.index(c) % len(data.classes) for c in cfg.classes or data.classes]
 
 
@@ -968,8 +999,7 @@ def show(run, cfg, model, data, schedule, classes, settings, samples, y):
     figure_grid(run, cfg, model, data, schedule, classes, settings)
     figure_same_noise(run, cfg, model, data, schedule, settings)
     if classifier := settings["classifier"]:
-        run.add_metrics(noisy_classifier_accuracy_by_t=classifier_accuracy(
-            classifier, data, schedule))
+        figure_classifier(run, classifier, data, schedule)
 
 
 @command_line

@@ -10,7 +10,7 @@ option, a patch discriminator (App. G, Eq. 25); the scale of the latents (App. G
 diffusion (Sec. 3.2, Eq. 2), with the objective of [DDPM] (arXiv 2006.11239) and the
 sampler of [DDIM] (arXiv 2010.02502).
 
-Departures from the paper; `--preset paper` keeps all but 2 and 3:
+Departures from the paper; `--preset paper` keeps 1, 4 and 5:
   1. no perceptual loss, which needs a network trained on ImageNet; the discriminator,
      with a hinge loss as in the code, is off unless `adversarial` is set;
   2. small networks, the autoencoder's on 2x2 blocks of pixels (`vae_patch`), squared
@@ -18,9 +18,10 @@ Departures from the paper; `--preset paper` keeps all but 2 and 3:
   3. a cosine decay of the learning rates and a shorter average of the weights;
   4. no codebook (App. G, ii) and no conditioning (Sec. 3.3); the U-Net is [DDPM]'s;
   5. the scale is that of all training pictures, the paper's is of one batch;
-  6. linear betas, as in [DDPM]; in the code their square roots are linear. A cosine
-     schedule needs clamping: from an alpha_bar_T of about 0 the first step of DDIM
-     would magnify the network's error a thousandfold, and latents have no range.
+  6. linear betas, as in [DDPM]: the linear square roots of the code, which keep more of
+     the signal half way, are `sqrt_linear`, and the preset's. A schedule that ends near
+     0, such as the cosine, is refused: the first step of DDIM would magnify the
+     network's error a thousandfold, and latents have no range to clamp to.
 
 How long it takes, what it draws and how good that is: results/ and README.md.
 """
@@ -40,6 +41,8 @@ from common.runs import open_run
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+Kind = Literal["linear", "sqrt_linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Config:
     vae_lr: float = 2e-3  # peak learning rate of stage 1, > 0 (code: 4.5e-6 a picture)
     # diffusion
     T: int = 1000  # diffusion steps, in [1, 1e6] (paper: 1000)
-    schedule: Literal["linear"] = "linear"  # how beta_t grows (paper: linear)
+    schedule: Kind = "linear"  # how beta_t grows (code: sqrt_linear)
     beta_1: float = 1e-4  # first variance, linear schedule, in (0, 1) (code: 1.5e-3)
     beta_T: float = 0.02  # last variance, linear schedule, in (0, 1) (code: 0.0195)
     # sampling
@@ -97,14 +100,14 @@ class Config:
 PRESETS = {
     "laptop": Config(),
     "smoke": Config(
-        vae_channels=8, vae_steps=4, T=20, channels=8, groups=4, steps=6, batch_size=8,
+        vae_channels=8, vae_steps=4, T=50, channels=8, groups=4, steps=6, batch_size=8,
         warmup=2, preview_every=3, S=5, n_samples=4),
     "paper": Config(  # the widths of CelebA-HQ's LDM-4, Tab. 12, on CIFAR-10
         z_channels=3, vae_channels=128, vae_blocks=2, vae_patch=1, kl_weight=1e-6,
         reconstruction="l1", adversarial=0.5, adversarial_start=50_000,
-        vae_steps=200_000, vae_lr=2e-4, beta_1=1.5e-3, beta_T=0.0195,
-        dataset="cifar10", flip=True, channels=224, mults=(1, 2, 3, 4), blocks=2,
-        attention=(4, 2, 1), heads=7, groups=32, steps=410_000, batch_size=48,
+        vae_steps=200_000, vae_lr=2e-4, schedule="sqrt_linear", beta_1=1.5e-3,
+        beta_T=0.0195, dataset="cifar10", flip=True, channels=224, mults=(1, 2, 3, 4),
+        blocks=2, attention=(4, 2, 1), heads=7, groups=32, steps=410_000, batch_size=48,
         lr=9.6e-5, warmup=10_000, decay="constant", weight_decay=0.01, ema=0.9999,
         preview_every=5000, S=500),
 }
@@ -150,17 +153,20 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
     """The variances beta_1..beta_T of the forward process, and what follows from them.
 
     "linear": [DDPM] Sec. 4; beta_1 and beta_T are those of T = 1000, rescaled for
-    another T, so that x_T is noise all the same. "cosine": arXiv 2102.09672, Eq. 17.
+    another T, so that x_T is noise all the same. "sqrt_linear": their square roots grow
+    linearly ([LDM] code). "cosine": arXiv 2102.09672, Eq. 17.
     """
-    if kind == "linear":
-        betas = torch.linspace(beta_1, beta_T, max(T, 2), dtype=torch.float64)
+    if kind in ("linear", "sqrt_linear"):
+        p = 1 if kind == "linear" else 2
+        ends = beta_1 ** (1 / p), beta_T ** (1 / p)
+        betas = torch.linspace(*ends, max(T, 2), dtype=torch.float64) ** p
         betas = betas[-T:] * 1000 / T  # a single step has beta_T: x_1 is noise
     elif kind == "cosine":
         u = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = 1 - f[1:] / f[:-1]
     else:
-        raise ValueError(f"schedule {kind}: must be one of linear, cosine")
+        raise ValueError(f"schedule {kind}: must be one of linear, sqrt_linear, cosine")
     betas = F.pad(betas.clamp(max=0.999), (1, 0))  # betas[0] = 0: the clean image
     alphas = 1 - betas  # [DDPM] Sec. 2
     alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 * ... * alpha_t
@@ -820,6 +826,9 @@ def main(argv=None):
     data = run.load(load_images(cfg.dataset, cfg.image_size))
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # S > T is told before training
+    if (end := schedule.alpha_bars[-1].item()) < 1e-6:
+        raise ValueError(f"schedule {cfg.schedule}: ends, with --T {cfg.T}, at "
+                         f"alpha_bar_T = {end:.1e}, which must be at least 1e-06")
     z_shape = latent_shape(cfg, data.shape)
     if run.sampling:
         model = run.trained(make_unet(cfg, z_shape))

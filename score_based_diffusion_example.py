@@ -15,16 +15,19 @@ reverse diffusion (App. E), ancestral sampling (App. F) and predictor-corrector
 
 Departures from the paper:
   1. time runs from T to eps in equal steps, and reverse diffusion, ancestral sampling
-     and the corrector's alpha take the exact transition of each step, for sub-VP too:
-     the betas of DDPM miss the variance as t -> 0 (App. H.2);
-  2. the corrector comes before the predictor, as in the code (Alg. 1 prints it after);
-     at r = 0.16 for VP, too, where Tab. 5 has 0.01;
+     and the corrector's alpha take the exact transition of each step: the betas of
+     DDPM miss the variance as t -> 0, which the paper saw in its FID (App. H.2). So
+     there is a corrector for sub-VP too, which has no alpha in the authors' code;
+  2. the corrector comes before the predictor, as in the code (Alg. 1 prints it after).
+     r = 0.16 is Tab. 5's for VE; for VP it has 0.01, or 0.04 behind the flow predictor;
   3. x0_hat is clamped while sampling images (`clip_x0`), not in likelihoods;
   4. the small U-Net of ddpm_example.py, on 2x2 blocks of pixels, an MLP for points, a
      cosine decay of the learning rate, the average of the weights faster at first;
-  5. VE's network predicts what is left of eps when a Gaussian's share is taken out: an
-     error of eps_hat at sigma = 50 shifts the brightness of x0_hat by fifty times it;
+  5. VE's network predicts what is left of eps when a Gaussian's share is taken out, and
+     its loss does not weigh that by its size: arXiv 2206.00364. Its sigmas are twice
+     the paper's, whose pixels are in [0, 1];
   6. not from the paper: the cosine beta, the likelihood weighting, fixed-step RK4.
+`--preset ddpmpp` and `ncsnpp` keep 1, 2, 5 and PyTorch's initial weights.
 
 How long it takes, what it draws and how good that is: results/ and README.md.
 """
@@ -60,16 +63,16 @@ class Config:
     beta: Literal["linear", "cosine"] = "linear"  # beta(t) of vp, subvp (paper: linear)
     beta_min: float = 0.1  # beta(0) of the linear beta, > 0 (paper: 0.1)
     beta_max: float = 20.0  # beta(1) of the linear beta, in (0, 1e4] (paper: 20)
-    sigma_min: float = 0.01  # least noise of ve, > 0 (paper: 0.01)
-    sigma_max: float = 50.0  # most noise of ve, in (0, 1e6] (paper: 50)
-    weighting: Literal["simple", "likelihood"] = "simple"  # lambda(t): std^2 or g^2
+    sigma_min: float = 0.02  # least noise of ve, > 0 (paper: 0.01 for x in [0, 1])
+    sigma_max: float = 100.0  # most noise of ve, in (0, 1e6] (paper: 50, as above)
+    weighting: Literal["simple", "likelihood"] = "simple"  # lambda(t): std^2, or g^2
     # sampling
-    sampler: Sampler = "pc"  # which one (paper: pc for ve, em for vp and subvp)
+    sampler: Sampler = "em"  # which one (paper: pc for ve, em for vp and subvp)
     N: int = 500  # steps, in [1, 1e6]; rk4 makes N / 4, rk45 its own (paper: 1000)
     snr: float = 0.16  # r of the corrector, in (0, 10] (paper: ve 0.16, vp 0.01)
     corrector_steps: int = 1  # a predictor step, in [1, 1000] (paper: 1)
     tolerance: float = 1e-4  # of rk45, both kinds, in [1e-12, 1) (paper: 1e-5)
-    denoise: bool = True  # end with Tweedie's formula (paper: yes)
+    denoise: bool = True  # end with a mean: the last step's, Tweedie's (paper: yes)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1]; images only (paper: no)
     std_floor: float = 1e-5  # least std in -eps_hat / std, in [0, 1]
     temperature: float = 1.0  # scales the starting noise, in [0, 100] (paper: 1)
@@ -111,17 +114,20 @@ class Config:
 PLANE = Config(
     dataset="swiss_roll", dequantize=False, steps=10_000, batch_size=512, lr=3e-3,
     preview_every=5000, sampler="rk45", likelihood=1000)
+DDPMPP = Config(  # DDPM++ cont. (VP) of Tab. 3
+    dataset="cifar10", flip=True, channels=128, mults=(1, 2, 2, 2), blocks=4,
+    attention=(16,), groups=32, dropout=0.1, patch=1, skip_rescale=True, biggan=True,
+    steps=1_300_000, batch_size=128, lr=2e-4, warmup=5000, decay="constant",
+    ema=0.9999, preview_every=5000, sampler="em", N=1000, tolerance=1e-5,
+    clip_x0=False, dequantize=False)
 PRESETS = {
     "laptop": Config(),
     "smoke": Config(
         channels=8, groups=4, hidden=16, layers=2, steps=6, batch_size=8, warmup=2,
         preview_every=3, N=5, tolerance=0.1, likelihood=2, n_samples=4),
-    "paper": Config(  # DDPM++ cont. (VP) of Tab. 3
-        dataset="cifar10", flip=True, channels=128, mults=(1, 2, 2, 2), blocks=4,
-        attention=(16,), groups=32, dropout=0.1, patch=1, skip_rescale=True,
-        biggan=True, steps=1_300_000, batch_size=128, lr=2e-4, warmup=5000,
-        decay="constant", ema=0.9999, preview_every=5000, sampler="em", N=1000,
-        tolerance=1e-5, clip_x0=False, dequantize=False),
+    "ddpmpp": DDPMPP,
+    "ncsnpp": replace(  # NCSN++ cont. (VE), the same table
+        DDPMPP, sde="ve", fir=True, progressive_input=True, ema=0.999, sampler="pc"),
     **{name: replace(PLANE, dataset=name) for name in POINTS},
 }
 
@@ -334,23 +340,48 @@ def score_fn(model, sde, std_floor=1e-5, clip_x0=False):
     return score
 
 
+def draw_times(sde, n, weighting="simple"):
+    """(n,) times of a batch, and the factor of the loss that makes up for their share.
+
+    "simple": uniform in [eps_train, T]. "likelihood": with density proportional to
+    g^2 / std^2, the weight of eps_hat's error, which grows like 1 / t: the weight is
+    drawn, not multiplied, and the loss keeps a small variance (arXiv 2101.09258).
+    """
+    u = torch.rand(n)
+    if weighting == "simple":
+        return sde.eps_train + (sde.T - sde.eps_train) * u, 1.0
+    grid = torch.logspace(math.log10(sde.eps_train), math.log10(sde.T), 2001,
+                          dtype=torch.float64)
+    weight = (sde.sde(grid, grid)[1] / sde.std(grid)) ** 2
+    area = F.pad(torch.cumulative_trapezoid(weight, grid), (1, 0))
+    t = np.interp(u.double() * area[-1], area, grid)
+    return torch.from_numpy(t).float(), area[-1].item() / (sde.T - sde.eps_train)
+
+
 def score_loss(model, sde, x0, weighting="simple", t=None, eps=None):
     """Denoising score matching. x0: (B, ...) -> scalar. Source: [SDE] Eq. 7.
 
-    With lambda(t) = std^2 ("simple") the weighted error std^2 |score + eps/std|^2 is
-    |eps_hat - eps|^2, of one size at every t. "likelihood": lambda = g^2 (arXiv
-    2101.09258). t: (B,) in (0, T] and eps, like x0, are drawn unless they are given.
+    With lambda(t) = std^2 the weighted error std^2 |score + eps/std|^2 is |eps_hat -
+    eps|^2. "simple" divides it by c_out^2, the scale of the network's output: one for
+    VP; without it VE's network would hardly be trained at large sigma (arXiv
+    2206.00364, Eq. 8). "likelihood": lambda = g^2 (arXiv 2101.09258).
+    t: (B,) in (0, T] and eps, like x0, are drawn unless they are given.
     """
     if t is None:
-        u = torch.rand(len(x0), device=x0.device)
-        t = sde.eps_train + (sde.T - sde.eps_train) * u
+        t, factor = draw_times(sde, len(x0), weighting)
+        t = t.to(x0)
+    elif weighting == "likelihood":
+        factor = (over(sde.sde(t, t)[1] / sde.std(t), x0)) ** 2
+    else:
+        factor = 1.0
     if eps is None:
         eps = torch.randn_like(x0)
     mean, std = sde.marginal(x0, t)
     error = network_eps(model, sde, mean + std * eps, t) - eps
-    if weighting == "likelihood":
-        error = error * sde.sde(x0, t)[1] / std  # lambda = g^2 in place of std^2
-    return (error**2).mean()  # [SDE] Eq. 7
+    if weighting == "simple":
+        _, _, c_out = sde.scaling(t, getattr(model, "sigma_data", 0.5))
+        error = error / over(c_out, x0)
+    return (factor * error**2).mean()  # [SDE] Eq. 7
 
 
 # %% 3a. Samplers of the reverse SDE (Sec. 4.1, 4.2)
@@ -371,21 +402,21 @@ def em_step(score, sde, x, t, s):
     """Euler-Maruyama on the reverse SDE, from t down to s. Source: [SDE] Eq. 6."""
     drift, g = sde.sde(x, at(t, x))
     x_mean = x - (drift - g**2 * score(x, at(t, x))) * (t - s)
-    return x_mean + g * math.sqrt(t - s) * torch.randn_like(x)
+    return x_mean, g * math.sqrt(t - s)
 
 
 def reverse_diffusion_step(score, sde, x, t, s):
     """The transition x_s -> x_t, backwards: [SDE] Eq. 46; Alg. 2, 3, lines 3 to 5."""
     a, variance = transition(sde, s, t)
     x_mean = (2 - a) * x + variance * score(x, at(t, x))  # x - f, f = (a - 1) x
-    return x_mean + math.sqrt(variance) * torch.randn_like(x)
+    return x_mean, math.sqrt(variance)
 
 
 def ancestral_step(score, sde, x, t, s):
     """The ancestral step of DDPM (VP, [SDE] Eq. 4) and of SMLD (VE, Eq. 47)."""
     a, variance = transition(sde, s, t)
     x_mean = (x + variance * score(x, at(t, x))) / a  # VP: a = sqrt(1 - beta), VE: 1
-    return x_mean + math.sqrt(sde.ancestral_variance(s, t)) * torch.randn_like(x)
+    return x_mean, math.sqrt(sde.ancestral_variance(s, t))
 
 
 def langevin_step(score, x, t, alpha, snr):
@@ -410,17 +441,19 @@ def corrected(predictor, snr, corrector_steps):
 
 @torch.no_grad()
 def sde_process(step, score, sde, xT, steps, denoise=True):
-    """From noise xT: (B, ...), yields (t, x_t) down to eps, then Tweedie's (0, x_0).
+    """From noise xT: (B, ...), yields (t, x_t) on the way from T to eps.
 
-    step(score, sde, x, t, s) goes from t to s.
+    step(score, sde, x, t, s) gives the mean of x_s and the std of its noise.
+    denoise: the last step's mean is the sample, (0, x_0). Its noise is larger than that
+    of x_eps as soon as the steps are few, so that [SDE] App. G's Tweedie formula, which
+    takes away the noise of x_eps, would leave most of it.
     """
     x, ts = xT, np.linspace(sde.T, sde.eps, steps + 1).tolist()
     for t, s in zip(ts[:-1], ts[1:], strict=True):
         yield t, x
-        x = step(score, sde, x, t, s)
-    yield sde.eps, x
-    if denoise:
-        yield 0.0, tweedie(score, sde, x, sde.eps)
+        x_mean, std = step(score, sde, x, t, s)
+        x = x_mean + std * torch.randn_like(x)
+    yield (0.0, x_mean) if denoise else (sde.eps, x)
 
 
 def sample(step, score, sde, shape, steps, denoise=True, xT=None):
@@ -697,11 +730,15 @@ def grow(x, fir=False):
     return 4 * fir_filter(spread.view(B, C, 2 * H, 2 * W))[:, :, :-1, :-1]
 
 
-class FirDownsample(Downsample):
-    """Downsample behind the FIR filter, which removes what would alias."""
+class FirDownsample(nn.Module):
+    """A stride of 2 behind the FIR filter: (B, c_in, H, W) -> (B, c_out, H/2, W/2)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, 3, stride=2)  # the filter's edge pads
 
     def forward(self, x):
-        return F.conv2d(fir_filter(x), self.conv.weight, self.conv.bias, stride=2)
+        return self.conv(fir_filter(x))
 
 
 class FirUpsample(Upsample):
@@ -760,7 +797,7 @@ class UNet(nn.Module):
                 return ResampleBlock(c_in, c_out, time_dim, groups, dropout,
                                      resample, fir)
             if resample is shrink:
-                return FirDownsample(c_in) if fir else Downsample(c_in)
+                return FirDownsample(c_in, c_out) if fir else Downsample(c_in)
             return FirUpsample(c_in, c_out) if fir else Upsample(c_in, c_out)
 
         c, size = channels, image_size // patch
@@ -775,7 +812,9 @@ class UNet(nn.Module):
             if level < len(mults) - 1:
                 self.down.append(resampler(c, c, shrink))
                 if progressive_input:
-                    self.pyramid.append(nn.Conv2d(c_pyramid, c, 3, padding=1))
+                    self.pyramid.append(
+                        FirDownsample(c_pyramid, c) if fir
+                        else nn.Conv2d(c_pyramid, c, 3, stride=2, padding=1))
                     c_pyramid = c
                 skips.append(c)
                 size //= 2
@@ -823,7 +862,7 @@ class UNet(nn.Module):
             else:
                 h = self.change_size(module, h, emb)
                 if self.pyramid:  # the input itself, shrunken, joins at every level
-                    pyramid = next(pyramid_convs)(shrink(pyramid, self.fir))
+                    pyramid = next(pyramid_convs)(pyramid)
                     h = (pyramid + h) * self.rescale
                     pyramid = h
             skips.append(h)
@@ -1021,33 +1060,41 @@ def figure_denoising(run, score, sde, states):
 
 
 @plotting.figure
-def figure_samplers(run, cfg, model, score, sde, shape):
-    """samplers.png: one row a sampler, in about 100 network calls."""
+def figure_samplers(run, cfg, model, score, sde, shape, scores):
+    """samplers.png: one row a sampler, in about 200 network calls.
+
+    scores: {name: its row of evaluation_of_samplers}, empty without --evaluate. RK4 has
+    no row: it solves RK45's equation from RK45's noise, so both are one picture.
+    """
     xT = sde.prior_sampling((10, *shape))
     rows, labels = [], []
-    for name in sde.samplers:
+    for name in (name for name in sde.samplers if name != "rk4"):
         with Meter(model, run.device) as meter:
             its_cfg = replace(cfg, sampler=name)
-            rows.append(last(process(its_cfg, score, sde, xT, min(100, cfg.N))))
-        labels.append(f"{NAMES[name]}\n{meter.calls} calls")
-    plotting.table(run.path("samplers.png"), rows, "One noise a column", labels)
+            rows.append(last(process(its_cfg, score, sde, xT, min(200, cfg.N))))
+        label = f"{NAMES[name]}\n{meter.calls} calls"
+        if name in scores:
+            label += f", {scores[name]['legible']:.0%} legible"
+        labels.append(label)
+    plotting.table(run.path("samplers.png"), rows, "Ten draws by each sampler", labels)
 
 
 @plotting.figure
 def figure_guardrails(run, cfg, model, sde, shape):
-    """guardrails.png: few steps with Tweedie and the clamp on, and each one off."""
+    """guardrails.png: few steps, with the noise of the last one, and with no clamp."""
     xT = sde.prior_sampling((10, *shape))
-    few, rows = replace(cfg, sampler="em", N=min(30, cfg.N)), []
-    changes = {"all on": {}, "no Tweedie step": {"denoise": False},
+    few, rows, labels = replace(cfg, sampler="em", N=min(20, cfg.N)), [], []
+    changes = {"as it is": {}, "last noise kept": {"denoise": False},
                "x0_hat not clamped": {"clip_x0": False}}
-    for change in changes.values():
+    for name, change in changes.items():
         changed = replace(few, **change)
         score = score_fn(model, sde, changed.std_floor, changed.clip_x0)
         with seeded(0, run.device):  # the rows differ in one switch, not in their noise
-            rows.append(last(process(changed, score, sde, xT)))
+            x = last(process(changed, score, sde, xT))
+        rows.append(x)
+        labels.append(f"{name}\nborder std {x[..., :2, :].std():.2f}")
     plotting.table(run.path("guardrails.png"), rows,
-                   f"Euler–Maruyama in {few.N} steps, one noise a column",
-                   list(changes))
+                   f"Euler–Maruyama in {few.N} steps, one noise a column", labels)
 
 
 @plotting.figure
@@ -1175,16 +1222,16 @@ def show_images(run, cfg, model, score, sde, data, samples, states):
     run.add_metrics(samples=metrics.glance(samples, data))
     plotting.neighbours(run.path("neighbours.png"), samples, data)
     figure_denoising(run, score, sde, states(range(8)))
-    figure_samplers(run, cfg, model, score, sde, data.shape)
     figure_guardrails(run, cfg, model, sde, data.shape)
     figure_codes(run, cfg, score, sde, data)
     measure_bits(run, cfg, model, sde, data)
     run.evaluate(states, model, cfg.N, data)
-    if run.opts.evaluate:  # every sampler, in about 200 network calls
-        by_name = {name: partial(states, cfg=replace(cfg, sampler=name), calls=200)
-                   for name in sde.samplers}
-        run.add_metrics(evaluation_of_samplers={
-            name: run.quality(by_name[name], model, 200, data) for name in by_name})
+    scores = {}
+    for name in sde.samplers if run.opts.evaluate else ():
+        draw = partial(states, cfg=replace(cfg, sampler=name), calls=200)
+        scores[name] = run.quality(draw, model, 200, data)
+        run.add_metrics(evaluation_of_samplers=scores)
+    figure_samplers(run, cfg, model, score, sde, data.shape, scores)
 
 
 @command_line

@@ -295,6 +295,28 @@ def test_the_process_yields_every_state_with_its_t(guidance, sampler):
     assert drawn.shape == xT.shape and (drawn - states[-1][1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_classifier_pushes_what_is_already_clamped(eta):
+    """As in guided-diffusion: x0_hat = 3 becomes 1, and then moves by (1 - a) / sqrt(a) s times the gradient."""
+    schedule, classifier = double(cond.make_schedule("linear", 20)), torch.nn.Module()
+    classifier.forward = lambda x, t: torch.stack([0 * x.sum((1, 2, 3)), x.sum((1, 2, 3))], 1)
+    t, s, y = 12, 0.7, torch.ones(4, dtype=torch.int64)
+    xt, a = torch.randn(4, 1, 2, 2).double(), schedule.alpha_bars[12]
+
+    def model(x, t, y):
+        return (x - 3 * a.sqrt()) / (1 - a).sqrt()  # x0_hat = 3 everywhere
+
+    model.classes = 2
+    found = cond.classifier_guided_eps(model, classifier, xt, t, y, s, schedule.alpha_bars, True)
+    gradient = torch.sigmoid(-xt.sum((1, 2, 3), keepdim=True)).expand_as(xt)
+    x0_hat = cond.predict_x0(xt, found, t, schedule.alpha_bars)
+    assert_close(x0_hat, 1 + (1 - a) / a.sqrt() * s * gradient)
+    free = cond.classifier_guided_eps(model, classifier, xt, t, y, s, schedule.alpha_bars)
+    assert_close(cond.predict_x0(xt, free, t, schedule.alpha_bars), x0_hat + 2)
+    states = list(cond.guided_process(model, xt, schedule, y, s - 1, "classifier", classifier, S=1, eta=eta))
+    assert (states[-1][1] > 1).all()  # S = 1: x_0 is x0_hat, which the push took past 1
+
+
 @pytest.mark.parametrize("guidance, sampler", SAMPLERS)
 def test_the_process_is_the_plain_sampler_with_a_guided_network(guidance, sampler):
     """eta, S, spacing, variance and clip_x0 of guided_process reach the steps."""
@@ -305,7 +327,7 @@ def test_the_process_is_the_plain_sampler_with_a_guided_network(guidance, sample
     w = torch.tensor([0.0, 1.0, -1.0, 3.0, 0.5])
     guided = {"classifier_free": lambda x, t: cond.cfg_eps(exact, x, t, y, w),
               "classifier": lambda x, t: cond.classifier_guided_eps(
-                  exact, classifier, x, t, y, 1 + w, schedule.alpha_bars),
+                  exact, classifier, x, t, y, 1 + w, schedule.alpha_bars, how["clip_x0"]),
               "none": lambda x, t: exact(x, t, y)}[guidance]
     ends = []
     for change in ({}, {"S": 3}, {"eta": 0.9}, {"spacing": "quadratic"}, {"variance": "beta"},
@@ -318,7 +340,7 @@ def test_the_process_is_the_plain_sampler_with_a_guided_network(guidance, sample
         torch.manual_seed(4)
         if sampler == "ddim":
             wanted = cond.ddim_process(guided, xT, schedule, how["S"], how["eta"], how["spacing"],
-                                       how["clip_x0"])
+                                       how["clip_x0"] and guidance != "classifier")
         elif guidance == "classifier":
             wanted = cond.classifier_guided_process(exact, classifier, xT, schedule, y, 1 + w,
                                                     how["variance"], how["clip_x0"])
@@ -860,7 +882,7 @@ def test_the_flags_of_ddim_reach_the_sampler(drawing, trained):
     found = json.loads((folder / "metrics.json").read_text())
     assert found["sampling"]["n"] == 3 and found["sampling"]["network_calls"] == 3
     rows, _, names, columns = figures["grid.png"]
-    assert names == ["w = -1", "w = 0", "w = 3"] and columns == ["d", "b", "e"]
+    assert names == ["unconditional", "w = 0", "w = 3"] and columns == ["d", "b", "e"]
     noises = [given["xT"] for given in calls["ddim_process"]]
     assert all(torch.equal(xT, noises[1]) for xT in noises[2:4])  # grid: one noise a column
     for xT in noises[4:9]:  # same_noise: one noise a row
@@ -954,7 +976,9 @@ def test_a_resumed_run_ends_with_the_same_bytes(stop, backbone, tmp_path, coded)
     (["--compare", "1", "--dit_heads", "5"], ["--dit_heads 5", "--dit_width 16"]),
     (["--compare", "-1"], ["--compare -1.0", "in [0, 1e6]"]),
     (["--compare", "1", "--sample"], ["--compare 1", "was made with 0"]),
-    (["--p_uncond", "1"], ["--p_uncond 1.0", "[0, 1)"]),
+    (["--p_uncond", "1.1"], ["--p_uncond 1.1", "[0, 1]"]),
+    (["--p_uncond", "1"], ["--p_uncond 1", "< 1", "--guidance classifier_free"]),
+    (["--p_uncond", "1", "--guidance", "none"], ["--p_uncond 1", "< 1", "--guidance none"]),
     (["--p_uncond", "0"], ["--p_uncond 0", "null class"]),
     (["--S", "21"], ["--S 21", "[1, 20]"]),
     (["--classifier_steps", "0"], ["--classifier_steps 0", ">= 1"]),
@@ -1062,6 +1086,21 @@ def test_classifier_guidance_and_evaluation(smoke, tmp_path, monkeypatch):
         for row in table.values():
             assert 0 <= row["accuracy"] <= 1 and math.isfinite(row["frechet_distance"])
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_an_unconditional_network_is_guided_by_the_classifier(tmp_path, monkeypatch):
+    """--p_uncond 1: every label dropped, samples by the classifier, its sweep alone in the table."""
+    monkeypatch.setattr(common.data, "CACHE", tmp_path / "cache")
+    asked, true = [], cond.drop_labels
+    monkeypatch.setattr(cond, "drop_labels", lambda *how, **more: asked.append(true(*how, **more)) or asked[-1])
+    cond.main(["--preset", "smoke", "--out", str(tmp_path), "--p_uncond", "1", "--guidance", "classifier",
+               "--evaluate", "20"])
+    assert torch.cat(asked).eq(10).all()
+    folder = only_run(tmp_path, "conditional")
+    check_pictures(folder, ("guidance", "classifier"))
+    found = json.loads((folder / "metrics.json").read_text())
+    assert list(found["guidance_sweep"]) == ["classifier"] and "-1" in found["guidance_sweep"]["classifier"]
 
 
 @pytest.mark.slow

@@ -24,9 +24,12 @@ EXCEPTIONS = {
         ("ResBlock", 13, "adaptive group norm scales and shifts by time and class (ADM Sec. 3.1)"),
         ("UNet", 15, "class embedding and null class join the time embedding"))
 } | {
-    (other, "score", "UNet"): (111, "NCSN++ and DDPM++: Fourier features, FIR and BigGAN resampling,"
+    (other, "score", "UNet"): (113, "NCSN++ and DDPM++: Fourier features, FIR and BigGAN resampling,"
                                " skip rescaling, progressive input, attention once on the way up")
     for other in ("conditional", "ddim", "ddpm", "latent")
+} | {
+    (other, "latent", "make_schedule"): (11, "the schedule of LDM's code: linear square roots")
+    for other in ("conditional", "ddim", "ddpm")
 }
 
 

@@ -13,6 +13,7 @@ from common.data import Data, load_images
 from common.device import training_cost
 from common.runs import open_run as open_any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ExactEps, only_run, open_picture, run_script, spied
@@ -177,6 +178,18 @@ def test_sampling_exact_gaussian_latents_decodes_without_scale_errors():
 
 def test_alpha_bar_T_is_large_enough_for_latents_that_are_not_clamped():
     assert latent.make_schedule("linear", 1000).alpha_bars[-1] > 4e-5
+    assert latent.make_schedule("cosine", 1000).alpha_bars[-1] < 1e-6  # refused, by its end
+
+
+def test_the_schedule_of_the_paper_preset_is_that_of_the_code():
+    """ldm/modules/diffusionmodules/util.py: linspace(sqrt(1.5e-3), sqrt(1.95e-2), 1000)^2."""
+    cfg = latent.PRESETS["paper"]
+    found = latent.make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T)
+    betas = np.linspace(1.5e-3**0.5, 1.95e-2**0.5, 1000) ** 2
+    assert_close(found.betas[1:], torch.from_numpy(betas).float())
+    assert found.alpha_bars[500].item() == pytest.approx(0.116, abs=5e-4)
+    straight = latent.make_schedule("linear", cfg.T, cfg.beta_1, cfg.beta_T)
+    assert straight.alpha_bars[500].item() == pytest.approx(0.049, abs=5e-4)
 
 
 # The networks
@@ -603,7 +616,7 @@ def test_the_flags_reach_the_sampler(drawn, trained):
     for given, states in calls:
         assert (given["S"], given["eta"], given["spacing"]) == (3, 0.5, "quadratic")
         assert given["clip_x0"] is False
-        assert [t for t, _ in states] == [20, 8, 2, 0]
+        assert [t for t, _ in states] == [50, 22, 5, 0]
         assert not given["model"].training
         for name, value in trained[1].state_dict().items():
             assert torch.equal(given["model"].state_dict()[name], value)
@@ -675,14 +688,15 @@ def refused(capsys, *argv):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--schedule", "cosine"], ["--schedule cosine", "linear"]),
+    (["--schedule", "cosine", "--T", "1000"], ["--schedule cosine", "alpha_bar_T", "1e-06"]),
+    (["--T", "20"], ["--schedule linear", "--T 20", "alpha_bar_T = 5.6e-11"]),
     (["--factor", 3], ["--factor 3", "2, 4, 8"]),
     (["--factor", 8, "--image_size", 28], ["--image_size 28", "multiple of 16", "factor 8", "16, 32"]),
     (["--factor", 4, "--image_size", 28], ["--image_size 28", "multiple of 8", "24, 32"]),
     (["--factor", 2, "--vae_patch", 4], ["--vae_patch 4", "--factor 2"]),
     (["--vae_channels", 6], ["--groups 4", "--vae_channels 6"]),
     (["--kl_weight", -1], ["--kl_weight -1", "in [0, 100]"]),
-    (["--S", 21], ["--S 21", "20"]),
+    (["--S", 51], ["--S 51", "50"]),
     (["--reconstruction", "l3"], ["--reconstruction l3", "l1, l2"]),
     (["--vae", "nowhere.pt"], ["nowhere.pt"]),
 ], ids=lambda v: " ".join(map(str, v)))

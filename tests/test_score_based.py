@@ -234,11 +234,48 @@ def test_loss_is_eps_mse_and_likelihood_weighting_is_g_squared(name):
     mean, std = sde.marginal(x0, t)
     score = sb.score_fn(network, sde)(mean + std * eps, t)
     target = -eps / std  # the score of the kernel
-    simple = (std**2 * (score - target) ** 2).mean()
+    c_out = sde.scaling(t, 0.5)[2][:, None]  # of the network's output: VE's is undone
+    simple = (std**2 * (score - target) ** 2 / c_out**2).mean()
     assert_close(sb.score_loss(network, sde, x0, t=t, eps=eps), simple)
     g = sde.sde(x0, t)[1]
     weighted = (g**2 * (score - target) ** 2).mean()
     assert_close(sb.score_loss(network, sde, x0, weighting="likelihood", t=t, eps=eps), weighted)
+
+
+@every_sde
+def test_the_network_is_trained_alike_at_every_t(name):
+    """An error of the network's output weighs the same at every noise, that of VE's largest too."""
+    sde, x0, eps = SDES[name](), 0.5 * torch.randn(2000, 2).double(), torch.randn(2000, 2).double()
+    grow = []
+    for at in (0.02, 0.5, 1.0):
+        t = torch.full((2000,), at).double()
+        losses = [sb.score_loss(lambda x, c, b=b: torch.full_like(x, b), sde, x0, t=t, eps=eps)
+                  for b in (1.0, -1.0)]
+        grow.append((sum(losses) / 2 - sb.score_loss(lambda x, c: 0 * x, sde, x0, t=t, eps=eps)).item())
+    assert grow == pytest.approx([1.0] * 3, rel=1e-6)
+
+
+@every_sde
+def test_likelihood_weighting_draws_its_weight(name):
+    """arXiv 2101.09258: t has the density of g^2 / std^2, and the loss its mean at uniform t."""
+    sde = SDES[name]()
+    t, factor = sb.draw_times(sde, 40_000, "likelihood")
+    assert t.dtype == torch.float32 and sde.eps_train * 0.99 <= t.min() and t.max() <= sde.T
+    grid = torch.logspace(-5, 0, 20_001, dtype=torch.float64)
+    weight = (sde.sde(grid, grid)[1] / sde.std(grid)) ** 2
+    area = torch.cumulative_trapezoid(weight, grid)
+    assert factor == pytest.approx(area[-1].item() / (1 - 1e-5), rel=1e-3)
+    shares = torch.linspace(0.1, 0.9, 9).double()
+    expected = grid[1:][torch.searchsorted(area, shares * area[-1])]
+    found = torch.stack([(t <= e).double().mean() for e in expected])
+    assert_close(found, shares, rtol=0, atol=0.015)
+    error = lambda x, c: x * 0  # noqa: E731
+    if name != "ve":  # where eps_hat = 0 and the squared error is eps^2
+        torch.manual_seed(0)
+        drawn = torch.stack([sb.score_loss(error, sde, torch.zeros(500, 2), "likelihood")
+                             for _ in range(20)])
+        assert drawn.mean().item() == pytest.approx(factor, rel=0.03)
+        assert drawn.std() < 0.1 * drawn.mean()  # at uniform t it is as large as the mean
 
 
 def test_loss_draws_t_over_the_whole_range():
@@ -466,7 +503,7 @@ def test_training_and_sampling_take_pictures_that_are_not_square(H, W, tmp_path,
     sde = sb.make_sde(found.cfg)
     score = sb.score_fn(found.model, sde, clip_x0=True)
     out = sb.predictor_corrector(score, sde, (2, 1, H, W), 2)
-    assert out.shape == (2, 1, H, W) and out.abs().max() <= 1 + 1e-4
+    assert out.shape == (2, 1, H, W) and out.isfinite().all()
     assert sb.log_likelihood(score, sde, out, "hutchinson", tolerance=0.1).shape == (2,)
 
 
@@ -570,28 +607,26 @@ def test_ancestral_is_ddpm_with_sigma_beta():
     sde, t, s = sb.VPSDE(), 0.6, 0.55
     data, x = gaussian(sde), noise(sde, 8)
     a, beta = sb.transition(sde, s, t)
-    torch.manual_seed(3)
-    found = sb.ancestral_step(data, sde, x, t, s)
-    torch.manual_seed(3)
+    found, std = sb.ancestral_step(data, sde, x, t, s)
     tt = torch.full((8,), t).double()
     alpha_bar = sde.m(tt[:1]) ** 2
     eps_hat = -data(x, tt) * (1 - alpha_bar).sqrt()
     mean = (x - beta / (1 - alpha_bar).sqrt() * eps_hat) / math.sqrt(1 - beta)  # DDPM Alg. 2, line 4
     assert a == pytest.approx(math.sqrt(1 - beta))
-    assert_close(found, mean + math.sqrt(beta) * torch.randn_like(x))
+    assert_close(found, mean)
+    assert std == pytest.approx(math.sqrt(beta))
 
 
 def test_ve_ancestral_is_the_posterior_of_smld():
     """With the exact score of a single point x_0 the step's mean and variance are q(x_s | x_t, x_0)'s."""
     sde, t, s = sb.VESDE(), 0.6, 0.5
-    x0, x = 0.3, torch.full((40000, 1), 2.0).double()
+    x0, x = 0.3, torch.full((4, 1), 2.0).double()
     sigma_t, sigma_s = (sde.std(torch.tensor(u).double()).item() for u in (t, s))
     score = lambda x, tt: -(x - x0) / sigma_t**2  # noqa: E731
-    found = sb.ancestral_step(score, sde, x, t, s)
+    found, std = sb.ancestral_step(score, sde, x, t, s)
     share = sigma_s**2 / sigma_t**2
-    std = sigma_s * math.sqrt(1 - share)
-    assert found.mean().item() == pytest.approx(x0 + share * (2.0 - x0), abs=5 * std / 200)
-    assert found.std().item() == pytest.approx(std, rel=0.02)
+    assert_close(found, torch.full_like(x, x0 + share * (2.0 - x0)), rtol=1e-5, atol=0)
+    assert std == pytest.approx(sigma_s * math.sqrt(1 - share))
 
 
 def test_corrector_comes_first_and_the_end_is_noise_free():
@@ -599,25 +634,26 @@ def test_corrector_comes_first_and_the_end_is_noise_free():
     data, x = gaussian(sde), noise(sde, 4)
     sb.predictor_corrector(data, sde, x.shape, 3, corrector_steps=2, xT=x)
     ts = np.linspace(1, sde.eps, 4)
-    assert data.calls == pytest.approx([*np.repeat(ts[:3], 3), ts[3]])
+    assert data.calls == pytest.approx(np.repeat(ts[:3], 3))
     for sampler in (sb.euler_maruyama, sb.reverse_diffusion, sb.ancestral_sampling,
                     sb.predictor_corrector):
         torch.manual_seed(0)
         noisy = sampler(data, sde, x.shape, 5, denoise=False, xT=x)
         torch.manual_seed(0)
-        assert_close(sampler(data, sde, x.shape, 5, xT=x), sb.tweedie(data, sde, noisy, sde.eps))
+        clean = sampler(data, sde, x.shape, 5, xT=x)
+        a, variance = sb.transition(sde, sde.eps, float(np.linspace(1, sde.eps, 6)[4]))
+        assert 0.05 * variance < (noisy - clean).var() < 5 * variance  # 8 numbers
 
 
 @every_sde
-def test_euler_maruyama_step_is_as_long_as_its_grid_says(name, monkeypatch):
+def test_euler_maruyama_step_is_as_long_as_its_grid_says(name):
     """Eq. 6 over t - s, whatever the number of steps."""
     sde, x = SDES[name](), torch.randn(4, 2).double()
-    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
     drift, g = sde.sde(x, torch.full((4,), 0.8).double())
     for s in (0.75, 0.2):
-        found = sb.em_step(lambda x, t: -3 * x, sde, x, 0.8, s)
-        assert_close(found, x - (drift + 3 * g**2 * x) * (0.8 - s) + g * (0.8 - s) ** 0.5,
-                     rtol=1e-5, atol=1e-6)
+        found, std = sb.em_step(lambda x, t: -3 * x, sde, x, 0.8, s)
+        assert_close(found, x - (drift + 3 * g**2 * x) * (0.8 - s), rtol=1e-5, atol=1e-6)
+        assert_close(std, g * (0.8 - s) ** 0.5)
 
 
 def test_langevin_step_size():
@@ -684,23 +720,32 @@ def test_samplers_take_images_and_float32():
 
 @every_sde
 @pytest.mark.parametrize("denoise", [True, False])
-def test_the_process_walks_from_T_down_to_eps_and_then_to_0(name, denoise):
-    """Its first state is the noise, its last the Tweedie mean, and sample returns the last."""
+def test_the_process_walks_from_T_down_to_eps(name, denoise):
+    """Mean and noise at every step; at the last one denoise keeps the mean, and calls it x_0."""
     sde = SDES[name]()
     data, x = gaussian(sde), noise(sde, 3)
     torch.manual_seed(5)
     ts, states = zip(*sb.sde_process(sb.em_step, data, sde, x, 7, denoise), strict=True)
-    expected = np.linspace(sde.T, sde.eps, 8).tolist() + [0.0] * denoise
-    assert list(ts) == pytest.approx(expected) and list(ts) == sorted(ts, reverse=True)
-    assert ts[0] == sde.T and ts[7] == sde.eps and len(ts) == 8 + denoise
+    grid = np.linspace(sde.T, sde.eps, 8).tolist()
+    assert list(ts) == pytest.approx(grid[:7] + [0.0 if denoise else sde.eps])
     assert torch.equal(states[0], x)
     torch.manual_seed(5)
     for i in range(7):
-        assert_close(states[i + 1], sb.em_step(data, sde, states[i], ts[i], ts[i + 1]))
-    if denoise:
-        assert_close(states[8], sb.tweedie(data, sde, states[7], sde.eps))
+        mean, std = sb.em_step(data, sde, states[i], grid[i], grid[i + 1])
+        z = torch.randn_like(x)
+        assert_close(states[i + 1], mean if denoise and i == 6 else mean + std * z)
     torch.manual_seed(5)
     assert_close(sb.sample(sb.em_step, data, sde, x.shape, 7, denoise, xT=x), states[-1])
+
+
+@every_sde
+def test_few_steps_leave_no_speckle(name):
+    """Data that is one point: what 40 steps end with is as sharp as the step's mean can be."""
+    sde = SDES[name]()
+    data, x = gaussian(sde, mean=(0.4, -0.3), std=1e-3), noise(sde, 500)
+    for sampler in (sb.reverse_diffusion, sb.predictor_corrector):
+        clean, noisy = (sampler(data, sde, x.shape, 40, denoise=d, xT=x) for d in (True, False))
+        assert clean.std(0).max() < 0.9 * noisy.std(0).min()
 
 
 def test_samplers_start_from_the_prior_of_their_sde(monkeypatch):
@@ -804,24 +849,25 @@ def test_process_runs_the_sampler_that_the_config_names(sampler, denoise, monkey
     cfg = replace(SMALL, sampler=sampler, denoise=denoise)
     states, used = ways(cfg, gaussian(sde), sde, monkeypatch)
     around = {"ode_process" if sampler.startswith("rk") else "sde_process": 1}
-    around |= {"tweedie": 1} if denoise else {}
+    ode = sampler.startswith("rk")  # what stops at x_eps; the others end with a mean
+    around |= {"tweedie": 1} if denoise and ode else {}
     assert {name: len(found) for name, found in used.items()} == PARTS[sampler] | around
     assert all(call.snr == 0.123 for call in used.get("langevin_step", ()))
     assert all(call.tolerance == 0.02 for call in used.get("solve", ()))
     ts = [t for t, _ in states]
-    assert ts[0] == sde.T and ts[-1 - denoise] == sde.eps and ts == sorted(ts, reverse=True)
-    assert (ts[-1] == 0) == denoise
-    if denoise:
+    assert ts[0] == sde.T and ts == sorted(ts, reverse=True)
+    assert ts[-1] == (0 if denoise else sde.eps) and (not ode or sde.eps in ts)
+    if denoise and ode:
         assert_close(states[-1][1], sb.tweedie(gaussian(sde), sde, states[-2][1], sde.eps))
 
 
 @pytest.mark.parametrize("sampler", ["em", "reverse", "ancestral", "pc", "rk4"])
 def test_process_spends_the_calls_that_it_is_given(sampler, monkeypatch):
-    """calls: about as many evaluations of the score, whatever the sampler and N, and Tweedie's."""
+    """calls: about as many evaluations of the score, whatever the sampler and N; the ODE's Tweedie."""
     sde = sb.VPSDE()
     score = Bounded(gaussian(sde), 300)
     ways(replace(SMALL, sampler=sampler, N=1000), score, sde, monkeypatch, calls=100)
-    assert score.calls == 101
+    assert score.calls == (101 if sampler == "rk4" else 100)
 
 
 def test_process_needs_no_gradient():
@@ -941,19 +987,25 @@ def test_dequantize_fills_the_bins():
 # networks
 
 
-def test_parameters_of_the_paper_preset():
-    """configs/vp/cifar10_ddpmpp_continuous.py of the authors' score_sde_pytorch builds 61,804,419."""
+@pytest.mark.parametrize("preset, parameters", [("ddpmpp", 61_804_419), ("ncsnpp", 62_758_787)])
+def test_parameters_of_the_paper_presets(preset, parameters):
+    """As configs/vp/cifar10_ddpmpp_continuous.py, ve/cifar10_ncsnpp_continuous.py of score_sde_pytorch."""
     with torch.device("meta"):
-        model = sb.make_network(sb.PRESETS["paper"], (3, 32, 32))
-    assert sum(p.numel() for p in model.parameters()) == 61_804_419
+        model = sb.make_network(sb.PRESETS[preset], (3, 32, 32))
+    assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_parameters_of_ncsnpp():
-    """configs/ve/cifar10_ncsnpp_continuous.py builds 62,758,787: Fourier features, residual input."""
-    with torch.device("meta"):
-        model = sb.UNet(fourier=True, fir=True, skip_rescale=True, biggan=True,
-                        progressive_input=True)
-    assert sum(p.numel() for p in model.parameters()) == 62_758_787
+def test_ncsnpp_filters_its_input_and_then_strides_the_convolution():
+    """The input's pyramid sees every pixel of the blurred input, not every second one."""
+    torch.manual_seed(0)
+    model = sb.UNet(2, 8, 8, (1, 2), 1, (), groups=4, fir=True, progressive_input=True)
+    layer, x = model.pyramid[0], torch.randn(1, 2, 8, 8)
+    blurred = sb.fir_filter(x)  # (1, 2, 9, 9)
+    everywhere = torch.nn.functional.conv2d(blurred, layer.conv.weight, layer.conv.bias)
+    assert_close(layer(x), everywhere[:, :, ::2, ::2])
+    plain = sb.UNet(2, 8, 8, (1, 2), 1, (), groups=4, progressive_input=True).pyramid[0]
+    everywhere = torch.nn.functional.conv2d(x, plain.weight, plain.bias, padding=1)
+    assert_close(plain(x), everywhere[:, :, ::2, ::2])
 
 
 def test_progressive_input_reaches_the_output():
@@ -1021,7 +1073,7 @@ def test_fir_resampling():
     a, b = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 16, 16)
     assert_close((sb.grow(a, fir=True) * b).sum(), 4 * (a * sb.shrink(b, fir=True)).sum(),
                  rtol=1e-4, atol=1e-4)
-    layer = sb.FirDownsample(3)
+    layer = sb.FirDownsample(3, 3)
     assert layer(b).shape == (1, 3, 8, 8) and sb.FirUpsample(3, 2)(a).shape == (1, 2, 16, 16)
 
 
@@ -1157,11 +1209,12 @@ def test_progressive_input_is_a_residual_sum_at_every_level(skip_rescale, fir):
             if not isinstance(part, torch.nn.ModuleList):
                 part.conv.weight.zero_(), part.conv.bias.fill_(0.5)
         for conv, gain in zip(model.pyramid, (2.0, 3.0), strict=True):
+            conv = getattr(conv, "conv", conv)
             conv.weight.zero_(), conv.bias.zero_()
             conv.weight[:, 0, 1, 1] = gain
         stages_of = [part for part in model.down if isinstance(part, torch.nn.ModuleList)]
         dot = torch.zeros(1, 1, 32, 32)
-        dot[..., 15, 15] = 1  # reaches one pixel of the next level, 2 x 2 through the FIR filter
+        dot[..., 14, 14] = 1  # reaches one pixel of the next level, 2 x 2 through the FIR filter
         model(dot, torch.ones(1))
         reached = (wiring.stages[stages_of[1]][0][0, 0] - 0.5 * scale).abs() > 1e-3
         assert reached.sum() == (4 if fir else 1)
@@ -1231,7 +1284,7 @@ def test_main_draws_with_the_sampling_flags(drawn):
     """sampler, N, corrector_steps, snr, tolerance, denoise, n_samples, through --sample."""
     found = drawn("--sampler", "pc", "--N", "3", "--corrector_steps", "2", "--snr", "0.37")
     assert len(found.langevin_step) == 6 and len(found.reverse_diffusion_step) == 3
-    assert {call.snr for call in found.langevin_step} == {0.37} and len(found.tweedie) == 1
+    assert {call.snr for call in found.langevin_step} == {0.37} and not found.tweedie
     assert found.samples.shape == (4, 1, 8, 8)
     assert len(drawn("--sampler", "em", "--N", "7").em_step) == 7
     assert len(drawn("--sampler", "ancestral", "--N", "4").ancestral_step) == 4
@@ -1239,7 +1292,7 @@ def test_main_draws_with_the_sampling_flags(drawn):
     found = drawn("--sampler", "rk45", "--tolerance", "0.07", "--no-denoise", "--n_samples", "5")
     assert [call.tolerance for call in found.solve] == [0.07]
     assert not found.tweedie and len(found.samples) == 5
-    assert not drawn("--sampler", "em", "--no-denoise").tweedie
+    assert len(drawn("--sampler", "rk4", "--N", "8").tweedie) == 1
 
 
 def test_main_starts_from_noise_times_the_temperature(drawn):
@@ -1370,19 +1423,21 @@ def test_densities_and_likelihoods_of_points_against_the_truth(tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", ["vp", "ve", "subvp"])
 def test_figure_samplers_has_a_row_for_every_sampler_of_the_sde(name, tmp_path, monkeypatch):
-    """Each named with its calls of the network: N of its steps, Tweedie's, from the same noise."""
+    """Each named with its calls of the network: N of its steps, an ODE's Tweedie, from one noise."""
     cfg, run, data = opened(tmp_path, "--dataset", "digits8", "--sde", name, "--N", 8)
     sde, model = sb.make_sde(cfg), sb.make_network(cfg, data.shape)
     plotting, process = MagicMock(), spy(monkeypatch, sb, "process")
     monkeypatch.setattr(sb, "plotting", plotting)
     have = {"run": run, "cfg": cfg, "model": model, "sde": sde, "score": sb.score_fn(model, sde),
-            "shape": data.shape}
+            "shape": data.shape, "scores": {"em": {"legible": 0.515}}}
     wanted = inspect.signature(sb.figure_samplers).parameters
     sb.figure_samplers(**{key: value for key, value in have.items() if key in wanted})
     rows, labels = plotting.table.call_args[0][1], plotting.table.call_args[0][3]
-    calls = dict(zip(sde.samplers, (int(label.split("\n")[1].split()[0]) for label in labels), strict=True))
+    names = [name for name in sde.samplers if name != "rk4"]
+    calls = dict(zip(names, (int(label.split("\n")[1].split()[0]) for label in labels), strict=True))
     calls.pop("rk45")
-    assert calls == dict.fromkeys(calls, 9) and set(calls) == set(sde.samplers) - {"rk45"}
+    assert calls == dict.fromkeys(calls, 8) and set(calls) == set(sde.samplers) - {"rk45", "rk4"}
+    assert [", 52% legible" in label for label in labels] == [name == "em" for name in names]
     assert ("ancestral" in calls) == (name != "subvp")
     assert all(row.shape == (10, 1, 8, 8) for row in rows) and len(rows) == len(labels)
     assert all(torch.equal(call.xT, process[0].xT) for call in process)
@@ -1397,7 +1452,7 @@ def test_points_take_the_preset_of_their_name():
 
 
 BAD = [
-    (["--sigma_min", "50"], "--sigma_min 50.0: must be below --sigma_max 50.0"),
+    (["--sigma_min", "100"], "--sigma_min 100.0: must be below --sigma_max 100.0"),
     (["--beta_min", "30"], "--beta_min 30.0: must be below"),
     (["--steps", "0"], "--steps 0"), (["--N", "0"], "--N 0: must be in [1, 1e6]"),
     (["--snr", "0"], "--snr 0.0: must be in (0, 10]"), (["--sde", "vpx"], "--sde vpx: must be one of"),
