@@ -354,7 +354,7 @@ def draw_times(sde, n, weighting="simple"):
                           dtype=torch.float64)
     weight = (sde.sde(grid, grid)[1] / sde.std(grid)) ** 2
     area = F.pad(torch.cumulative_trapezoid(weight, grid), (1, 0))
-    t = np.interp(u.double() * area[-1], area, grid)
+    t = np.interp(u.numpy() * area[-1].item(), area, grid)
     return torch.from_numpy(t).float(), area[-1].item() / (sde.T - sde.eps_train)
 
 
