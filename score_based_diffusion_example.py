@@ -67,7 +67,7 @@ class Config:
     sigma_max: float = 100.0  # most noise of ve, in (0, 1e6] (paper: 50, as above)
     weighting: Literal["simple", "likelihood"] = "simple"  # lambda(t): std^2, or g^2
     # sampling
-    sampler: Sampler = "em"  # which one (paper: pc for ve, em for vp and subvp)
+    sampler: Sampler = "pc"  # which one (paper: pc for ve, em for vp and subvp)
     N: int = 500  # steps, in [1, 1e6]; rk4 makes N / 4, rk45 its own (paper: 1000)
     snr: float = 0.16  # r of the corrector, in (0, 10] (paper: ve 0.16, vp 0.01)
     corrector_steps: int = 1  # a predictor step, in [1, 1000] (paper: 1)
