@@ -1073,7 +1073,7 @@ def figure_samplers(run, cfg, model, score, sde, shape, scores):
             its_cfg = replace(cfg, sampler=name)
             rows.append(last(process(its_cfg, score, sde, xT, min(200, cfg.N))))
         label = f"{NAMES[name]}\n{meter.calls} calls"
-        if name in scores:
+        if scores.get(name):
             label += f", {scores[name]['legible']:.0%} legible"
         labels.append(label)
     plotting.table(run.path("samplers.png"), rows, "Ten draws by each sampler", labels)
@@ -1132,18 +1132,53 @@ def figure_fields(run, score, sde, data):
                     "The score, its length as a square root, over the noisy data")
 
 
+def mixture_1d(sde, centres=(-1.0, 0.6), std=0.15):
+    """log_p(x, t) of equal Gaussians under the sde. x: (B, 1), t: (B,) -> (B,)."""
+    def log_p(x, t):
+        mean = over(sde.m(t), x) * torch.tensor(centres, dtype=x.dtype, device=x.device)
+        total = ((over(sde.m(t), x) * std) ** 2 + over(sde.std(t), x) ** 2).sqrt()
+        log_each = torch.distributions.Normal(mean, total).log_prob(x)
+        return log_each.logsumexp(1) - math.log(len(centres))
+
+    return log_p
+
+
 @plotting.figure
-def figure_paths(run, score, sde, data, steps=400):
-    """paths.png: SDE and ODE from the same starts; denoising.gif: points by the SDE."""
+def figure_paths(run, sde, steps=500):
+    """paths.png: [SDE] Fig. 2. p_t of a mixture on the line, and ways back from p_T.
+
+    The score is exact, the gradient of log p_t. What is drawn is x_t over the root of
+    m^2 + std^2, so that VE's wide start fits the page.
+    """
+    log_p = mixture_1d(sde)
+
+    @torch.enable_grad()
+    def score(x, t):
+        x = x.requires_grad_()
+        return torch.autograd.grad(log_p(x, t).sum(), x)[0]
+
+    xT, line = sde.prior_sampling((8, 1)), torch.linspace(-3, 3, 301)[:, None]
+    ways = {"reverse SDE (Eq. 6)": sde_process(em_step, score, sde, xT, steps),
+            "probability-flow ODE (Eq. 13)": ode_process(
+                score, sde, xT, sde.T, sde.eps, "rk4", steps)}
+    parts = []
+    for name, states in ways.items():
+        ts, xs = zip(*[(t, shown(sde, x, t)[:, 0]) for t, x in states], strict=True)
+        parts.append((name, ts, torch.stack(xs)))
+    ts = np.linspace(sde.eps, sde.T, 300)
+    columns = []
+    for t in ts:
+        x = line.to(xT) / shown(sde, torch.ones(1).to(xT), t)  # back to the size of x_t
+        columns.append(log_p(x, at(t, x)).exp())
+    plotting.flow(run.path("paths.png"), parts, ts, line[:, 0], torch.stack(columns, 1),
+                  "From the same starts at T to the data at 0, over p_t")
+
+
+@plotting.figure
+def figure_walk(run, score, sde, steps=400):
+    """denoising.gif: points on their way by the reverse SDE."""
     xT = sde.prior_sampling((2000, 2))
-    by_sde = list(sde_process(em_step, score, sde, xT, steps, denoise=False))
-    by_ode = ode_process(score, sde, xT[:6], sde.T, sde.eps, "rk4", steps)
-    parts = [(name, torch.stack([shown(sde, x[:6], t) for t, x in states]))
-             for name, states in (("reverse SDE (Eq. 6)", by_sde),
-                                  ("probability-flow ODE (Eq. 13)", by_ode))]
-    plotting.paths(run.path("paths.png"), parts, data.test[:3000],
-                   "From the same starts (crosses) to the data (dots)")
-    frames = plotting.evenly(by_sde, 41)
+    frames = plotting.evenly(list(sde_process(em_step, score, sde, xT, steps)), 41)
     plotting.points_gif(
         run.path("denoising.gif"), [shown(sde, x, t) for t, x in frames],
         [f"t = {t:.2f}" for t, _ in frames])
@@ -1212,7 +1247,7 @@ def check_data(run, cfg, sde, data):
 def show_points(run, cfg, score, sde, data, samples):
     """The figures and numbers of points in the plane."""
     figure_fields(run, score, sde, data)
-    figure_paths(run, score, sde, data)
+    figure_walk(run, score, sde)
     figure_density(run, cfg, score, sde, data)
     measure_points(run, cfg, score, sde, data, samples)
 
@@ -1259,6 +1294,7 @@ def main(argv=None):
     run.add_metrics(sampling=timing | {"sampler": cfg.sampler})
     plotting.samples(run.path("samples.png"), samples, data, "Drawn from noise")
     figure_sdes(run, cfg)
+    figure_paths(run, sde)
     figure_loss(run, model, sde, data)
     if points:
         show_points(run, cfg, score, sde, data, samples)

@@ -323,16 +323,18 @@ def fields(path, parts, title, limit=2.3):
 
 
 @figure
-def paths(path, parts, points, title):
-    """Ways from cross to dot over points; parts: (subtitle, states (steps, N, 2))."""
-    sheet, axes = _axes(len(parts), 5 * len(parts), 5, sharex=True, sharey=True)
-    for axis, (subtitle, states) in zip(axes, parts, strict=True):
-        states = to_numpy(states)
-        axis.scatter(*to_numpy(points).T, s=1, color="0.8")
-        axis.plot(states[..., 0], states[..., 1], lw=0.9, alpha=0.8)
-        axis.scatter(*states[0].T, s=18, marker="x", color="0.3", zorder=3)
-        axis.scatter(*states[-1].T, s=18, color="k", zorder=3)
-        axis.set(title=subtitle, aspect="equal")
+def flow(path, parts, ts, line, density, title):
+    """Ways from noise (left) to data (right) over a density on the line.
+
+    parts: (subtitle, times (S,), places (S, N)) each; density: (len(line), len(ts)),
+    shown as a share of the largest at its time.
+    """
+    sheet, axes = _axes(len(parts), 5.2 * len(parts), 3.8, sharex=True, sharey=True)
+    share = to_numpy(density / density.max(0).values)
+    for axis, (subtitle, times, places) in zip(axes, parts, strict=True):
+        axis.pcolormesh(ts, to_numpy(line), share, cmap="Blues", vmax=1.3)
+        axis.plot(times, to_numpy(places), lw=0.9, color="C1")
+        axis.set(title=subtitle, xlabel="t", xlim=(max(ts), 0))
     _finish(sheet, path, title)
 
 

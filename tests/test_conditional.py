@@ -913,7 +913,7 @@ def test_the_flags_of_classifier_guidance_reach_it(sampler, drawing):
     used = calls["classifier_guided_eps" if sampler == "ddim" else "classifier_guided_process"]
     assert runs_of([float(given["s"]) for given in used]) == [1.5, 0, 1, 4, 1.5]
     assert all(given["classifier"] is classifier for given in used)
-    assert figures["grid.png"][2] == ["s = 0", "s = 1", "s = 4"]
+    assert figures["grid.png"][2] == ["unconditional", "s = 1", "s = 4"]
     if sampler == "ancestral":
         assert calls["ddim_process"] == [] and calls["reverse_process"] == []
         assert all(given["variance"] == "beta" and given["clip_x0"] for given in used)

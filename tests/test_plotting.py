@@ -34,7 +34,8 @@ def one_of_each(folder):
         "frames.gif": lambda: p.gif(folder / "frames.gif", [x, -x], 2, ["a", "b"], hold=1),
         "curves.png": lambda: p.curves(folder / "curves.png", [{"lines": {"a": ([1, 2], [3, 4])}}]),
         "fields.png": lambda: p.fields(folder / "fields.png", [("a", points, points, points)], "title"),
-        "paths.png": lambda: p.paths(folder / "paths.png", [("a", points[None])], points, "title"),
+        "flow.png": lambda: p.flow(folder / "flow.png", [("a", [1, 0], points[:2])], [0, 1], points[:, 0],
+                                   torch.rand(10, 2), "title"),
         "densities.png": lambda: p.densities(
             folder / "densities.png", [("a", torch.rand(5, 5))], "title", 2.0),
         "points.gif": lambda: p.points_gif(folder / "points.gif", [points, -points], ["a", "b"], hold=1),
@@ -316,9 +317,8 @@ def test_any_points_are_drawn(tmp_path, none_told, name):
     x = POINTS[name]
     plotting.panels(tmp_path / "a.png", [("a", x)], "title")
     plotting.fields(tmp_path / "b.png", [("a", x, x, x)], "title")
-    plotting.paths(tmp_path / "c.png", [("a", torch.stack([x, x]))], x, "title")
     plotting.points_gif(tmp_path / "d.gif", [x, x], ["a", "b"], hold=1)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 VALUES = {"zeros": torch.zeros(5), "all nan": torch.full((5,), NAN),

@@ -748,6 +748,40 @@ def test_few_steps_leave_no_speckle(name):
         assert clean.std(0).max() < 0.9 * noisy.std(0).min()
 
 
+@every_sde
+def test_the_mixture_on_the_line_moves_with_its_sde(name):
+    """Figure 2's p_t: mass 1, and the moments of m x_0 + std z."""
+    sde = SDES[name]()
+    log_p = sb.mixture_1d(sde, (-1.0, 0.6), 0.15)
+    for t in (0.1, 0.4):
+        m, std = (f(torch.tensor([t]).double()).item() for f in (sde.m, sde.std))
+        x = torch.linspace(-8 - 8 * std, 8 + 8 * std, 40_001).double()[:, None]
+        p, x = log_p(x, torch.full((len(x),), t).double()).exp(), x[:, 0]
+        mean = torch.trapezoid(p * x, x)
+        assert torch.trapezoid(p, x).item() == pytest.approx(1)
+        assert mean.item() == pytest.approx(-0.2 * m)
+        variance = m**2 * (0.8**2 + 0.15**2) + std**2
+        assert torch.trapezoid(p * (x - mean) ** 2, x).item() == pytest.approx(variance)
+
+
+@every_sde
+def test_figure_paths_ends_where_the_data_is(name, tmp_path, monkeypatch):
+    """The paper's Figure 2: SDE and ODE go from the same noise to the two Gaussians."""
+    flow = MagicMock()
+    monkeypatch.setattr(sb.plotting, "flow", flow)
+    sde, run = SDES[name](), SimpleNamespace(path=lambda file: tmp_path / file)
+    sb.figure_paths(run, sde)
+    _, parts, ts, line, density, _ = flow.call_args[0]
+    assert density.shape == (len(line), len(ts)) and len(parts) == 2
+    assert torch.equal(parts[0][2][0], parts[1][2][0])
+    for _, times, places in parts:
+        assert times[0] == sde.T and times[-1] <= sde.eps and len(times) == len(places)
+        gap = (places[-1][:, None] - torch.tensor([-1.0, 0.6])).abs().min(1).values
+        assert gap.max() < 0.6
+    found = density[:, 0] / density[:, 0].max()  # at eps: the data
+    assert abs(line[found.argmax()].abs().item() - 0.8) < 0.25 and found[line.abs() < 0.05].max() < 0.05
+
+
 def test_samplers_start_from_the_prior_of_their_sde(monkeypatch):
     sde = sb.VESDE(0.1, 10.0)
     seen = spy(monkeypatch, sb, "sde_process")
@@ -1349,7 +1383,8 @@ def test_all_that_is_drawn_and_measured_is_of_the_average(name, how, run_of, tmp
     used = [call for call in used if not getattr(call, "step", None)]  # the previews aside
     points = name == "gaussians"
     assert {part for part, found in calls.items() if found} >= (
-        {"figure_sdes", "figure_loss", "figure_fields", "figure_paths", "figure_density", "measure_points"}
+        {"figure_sdes", "figure_loss", "figure_fields", "figure_paths", "figure_walk", "figure_density",
+         "measure_points"}
         if points else {"figure_sdes", "figure_loss", "figure_denoising", "figure_samplers",
                         "figure_guardrails", "figure_codes", "measure_bits"})
     models = [call.model for call in used if hasattr(call, "model")]
