@@ -1073,7 +1073,7 @@ def figure_samplers(run, cfg, model, score, sde, shape, scores):
             its_cfg = replace(cfg, sampler=name)
             rows.append(last(process(its_cfg, score, sde, xT, min(200, cfg.N))))
         label = f"{NAMES[name]}\n{meter.calls} calls"
-        if scores.get(name):
+        if "legible" in scores.get(name, {}):
             label += f", {scores[name]['legible']:.0%} legible"
         labels.append(label)
     plotting.table(run.path("samplers.png"), rows, "Ten draws by each sampler", labels)

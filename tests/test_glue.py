@@ -356,7 +356,7 @@ def test_states_start_from_noise_and_end_with_samples(module, smoke_runs, tmp_pa
     _, states, _ = drawn(module, monkeypatch, "--sample", smoke_runs[module], "--out", tmp_path)
     every = list(states(range(64)))
     ts = [t for t, _ in every]
-    assert ts == sorted(ts, reverse=True) and ts[0] == (1.0 if module is score_based else 20)
+    assert ts == sorted(ts, reverse=True) and ts[0] == {score_based: 1.0, latent: 50}.get(module, 20)
     assert abs(every[0][1].std() - 1) < 0.05 and every[-1][0] == 0
     shape = (1, 32, 32) if module is latent else (1, 28, 28)
     assert every[-1][1].shape == (64, *shape)
