@@ -992,20 +992,19 @@ def process(cfg, score, sde, xT, calls=None):
 
 @plotting.figure
 def figure_sdes(run, cfg):
-    """sdes.png: mean and variance of the three SDEs, and the size of both targets."""
+    """sdes.png: mean, variance and signal-to-noise ratio of the three SDEs."""
     sdes = make_sdes(cfg)
     t = torch.linspace(0, 1, 401, dtype=torch.float64)
-    early = torch.logspace(-5, 0, 200, dtype=torch.float64)
     dashes = {"ve": "-", "vp": "-", "subvp": "--"}
     plotting.curves(run.path("sdes.png"), [
         {"lines": {name: (t, sde.m(t), dashes[name]) for name, sde in sdes.items()},
          "xlabel": "t", "title": r"mean: $m(t)\,x_0$"},
         {"lines": {f"_{n}": (t, s.std(t) ** 2, dashes[n]) for n, s in sdes.items()},
          "xlabel": "t", "yscale": "log", "ylim": (1e-4, None), "title": "variance"},
-        {"lines": {f"_{n}": (early, s.std(early) ** -2, dashes[n])
+        {"lines": {f"_{n}": (t, 2 * (s.m(t) / s.std(t)).log(), dashes[n])
                    for n, s in sdes.items()},
-         "levels": {r"of $\epsilon$": 1.0}, "xlabel": "t", "xscale": "log",
-         "yscale": "log", "title": r"variance of the target, score: $1/std^2$"}])
+         "xlabel": "t", "ylim": (-12, 12),
+         "title": r"signal to noise, $\log\,m^2 / std^2$"}])
 
 
 @plotting.figure
