@@ -812,9 +812,8 @@ class UNet(nn.Module):
             if level < len(mults) - 1:
                 self.down.append(resampler(c, c, shrink))
                 if progressive_input:
-                    self.pyramid.append(
-                        FirDownsample(c_pyramid, c) if fir
-                        else nn.Conv2d(c_pyramid, c, 3, stride=2, padding=1))
+                    self.pyramid.append(FirDownsample(c_pyramid, c) if fir else
+                                        nn.Conv2d(c_pyramid, c, 3, 2, padding=1))
                     c_pyramid = c
                 skips.append(c)
                 size //= 2
