@@ -513,7 +513,10 @@ def figure_denoising(run, model, states, alpha_bars):
 
 @plotting.figure
 def figure_steps(run, cfg, model, schedule, shape):
-    """steps.png: the same noises in more and more steps; eta.png: with more noise."""
+    """steps.png: one noise in more and more steps; eta.png: each noise twice.
+
+    With eta = 0 the noise x_T is a code: it alone says which picture.
+    """
     xT = torch.randn(8, *shape, device=run.device)
     counts = [S for S in (5, 10, 20, 50, 100) if S < cfg.T] + [cfg.T]
     rows = [ddim_sample(model, xT.shape, schedule, S, 0.0, cfg.spacing, cfg.clip_x0, xT)
@@ -521,40 +524,58 @@ def figure_steps(run, cfg, model, schedule, shape):
     plotting.table(run.path("steps.png"), rows, "One noise a column, S steps, eta = 0",
                    [f"S = {S}" for S in counts])
 
-    etas = (0.0, 0.2, 0.5, 1.0)
+    etas, xT = (0.0, 0.2, 0.5, 1.0), xT[:5].repeat_interleave(2, 0)
     rows = [ddim_sample(model, xT.shape, schedule, cfg.S, eta, cfg.spacing, cfg.clip_x0,
                         xT) for eta in etas]
-    plotting.table(run.path("eta.png"), rows, f"One noise a column, {cfg.S} steps",
-                   [f"eta = {eta:g}" for eta in etas])
+    plotting.table(run.path("eta.png"), rows,
+                   f"Each noise x_T drawn from twice, {cfg.S} steps",
+                   [f"eta = {eta:g}" for eta in etas],
+                   [name for i in range(5) for name in (f"noise {i + 1}", "again")])
 
 
 @plotting.figure
 def figure_interpolation(run, cfg, model, schedule, shape):
-    """interpolation.png: between two noises, along the sphere and along the line."""
+    """interpolation.png: from noise to noise, on the sphere and on the line; a GIF."""
+    def decode(xT):
+        return ddim_sample(model, xT.shape, schedule, cfg.S, 0.0, cfg.spacing,
+                           cfg.clip_x0, xT)
+
     shares = torch.linspace(0, 1, 9, device=run.device).view(-1, 1, 1, 1)
-    rows = []
+    rows, labels = [], []
     for _ in range(2):
         a, b = torch.randn(2, 1, *shape, device=run.device).expand(2, 9, *shape)
-        for xT in (slerp(a, b, shares), (1 - shares) * a + shares * b):
-            rows.append(ddim_sample(model, xT.shape, schedule, cfg.S, 0.0, cfg.spacing,
-                                    cfg.clip_x0, xT))
-    plotting.table(run.path("interpolation.png"), rows, "Between two noises (eta = 0)",
-                   ["slerp", "linear"] * 2, [f"{u:.2f}" for u in shares.flatten()])
+        for name, xT in (("slerp", slerp(a, b, shares)),
+                         ("line", (1 - shares) * a + shares * b)):
+            rows.append(decode(xT))
+            labels.append(f"{name}: std of x_T\n{xT[4].std():.2f} in the middle")
+    plotting.table(run.path("interpolation.png"), rows,
+                   "Between two noises (eta = 0): half way on the line there is too "
+                   "little noise", labels, [f"{u:.2f}" for u in shares.flatten()])
+
+    noises, frames, captions = torch.randn(3, 6, *shape, device=run.device), [], []
+    for i, share in ((i, share / 12) for i in range(3) for share in range(12)):
+        frames.append(decode(slerp(noises[i], noises[i - 2], share)))
+        captions.append(f"x_T from noise {i + 1} to {(i + 1) % 3 + 1}, {share:.0%}")
+    plotting.gif(run.path("interpolation.gif"), frames, 6, captions, hold=0)
 
 
 @plotting.figure
 def figure_reconstruction(run, cfg, model, schedule, data):
     """reconstruction.png: pictures, their codes, what comes back of them."""
-    x0, errors, rows = data.test[:8], {}, []
-    for S in [S for S in (5, 10, 20, 50, 100, 200) if S < cfg.T] or [cfg.T]:
+    x0, errors, rows, codes = data.test[:8], {}, [], []
+    for S in [S for S in (10, 20, 50, 100, 200) if S < cfg.T] or [cfg.T]:
         xT = ddim_invert(model, x0, schedule, S, cfg.spacing)
         back = ddim_sample(model, x0.shape, schedule, S, 0.0, cfg.spacing, False, xT)
         errors[S] = (back - x0).square().mean().sqrt().item()
         rows.append(back)
-    labels = [f"S = {S}\n{error:.3f}" for S, error in errors.items()]
-    plotting.table(run.path("reconstruction.png"), [x0, xT, *rows],
-                   "Encoded and decoded in S steps each, with the rms error a pixel",
-                   ["held out", "x_T", *labels])
+        codes.append(xT)
+    labels = [f"back, S = {S}\nerror {error:.3f}" for S, error in errors.items()]
+    codes = {f"x_T, S = {min(errors)}": codes[0], f"x_T, S = {max(errors)}": codes[-1],
+             "N(0, I)": torch.randn_like(x0)}
+    labels += [f"{name}\nstd {xT.std():.2f}" for name, xT in codes.items()]
+    plotting.table(run.path("reconstruction.png"), [x0, *rows, *codes.values()],
+                   "Encoded and decoded in S steps each, and the codes x_T",
+                   ["held out", *labels])
     run.add_metrics(reconstruction_error_by_S=errors)
 
 

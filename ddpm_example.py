@@ -6,7 +6,7 @@
 Implemented here: the forward process (Eq. 2, 4) and its posterior (Eq. 6, 7), the
 simple objective (Eq. 14, Alg. 1), ancestral sampling (Eq. 11, Alg. 2, with either
 variance of Sec. 3.2), the U-Net of App. B, and last, since only figures need it, the
-variational bound (Eq. 5, 8) with its discrete decoder (Eq. 13).
+variational bound (Eq. 5, 8, 12) with its discrete decoder (Eq. 13).
 
 Departures from the paper; `--preset paper` keeps the last two:
   1. a small U-Net on 2x2 blocks of pixels (`patch`), so that it trains on a CPU;
@@ -445,6 +445,13 @@ def train(cfg, run, data):
 # %% 6. Likelihood (Sec. 2, 3.3)
 
 
+def bound_weight(t, schedule, variance="beta"):
+    """What |eps - eps_theta|^2 counts in L_{t-1}, and 1 in Eq. 14. t: int or (B,)."""
+    beta, alpha, alpha_bar = (array[t] for array in schedule)
+    sigma2 = beta if variance == "beta" else beta_tilde(t, schedule)
+    return beta**2 / (2 * sigma2 * alpha * (1 - alpha_bar))  # [DDPM] Eq. 12
+
+
 def discrete_log_likelihood(x0, mean, sigma):
     """log p(x_0 | x_1) of 8-bit x0, like x0: N(mean, sigma^2)'s mass in its bin."""
     device = x0.device
@@ -463,11 +470,16 @@ def discrete_log_likelihood(x0, mean, sigma):
 
 @torch.no_grad()
 def bound_term(model, x0, t, schedule, variance="beta_tilde", clip_x0=True):
-    """L_{t-1} in nats, like x0: (B, C, H, W), from one draw of x_t. t: int in 1..T."""
+    """L_{t-1} in nats, like x0: (B, C, H, W), from one draw of x_t. t: int in 1..T.
+
+    L_0 with "beta_tilde" takes sigma_1^2 = beta_tilde_2, as the code does.
+    """
     xt = q_sample(x0, t, torch.randn_like(x0), schedule.alpha_bars)
     mean, sigma2 = p_theta(model, xt, t, schedule, variance, clip_x0)
-    if t == 1:  # beta_tilde_1 = 0, so sigma_1^2 = beta_1 (code: beta_tilde_2)
-        return -discrete_log_likelihood(x0, mean, schedule.betas[1].sqrt())
+    if t == 1:
+        if variance == "beta_tilde":  # beta_tilde_1 = 0 is no variance
+            sigma2 = beta_tilde(2, schedule) if schedule.T > 1 else schedule.betas[1]
+        return -discrete_log_likelihood(x0, mean, sigma2.sqrt())
     mean_q, variance_q = q_posterior(x0, xt, t, schedule)
     ratio = variance_q / sigma2
     constant = 0.5 * (ratio - 1 - ratio.log())  # C of [DDPM] Eq. 8
@@ -542,25 +554,42 @@ def figure_denoising(run, model, states, alpha_bars):
 
 @plotting.figure
 def figure_forward(run, cfg, data, schedule):
-    """forward.png: pictures dissolving; schedules.png: how fast, by either schedule."""
-    x0, T, lines = data.test[:4], schedule.T, {}
+    """forward.png: pictures dissolving; schedules.png: how fast, and Eq. 12's weight.
+
+    Step by step, or at once: two draws of noise, one distribution of x_t.
+    """
+    x0, T = data.test[:2], schedule.T
     ts = [0, T // 20, T // 10, T // 5, 3 * T // 10, T // 2, 3 * T // 4, T]
+    chain = [x0]
+    for t in range(1, T + 1):
+        chain.append(q_step(chain[-1], t, torch.randn_like(x0), schedule))
+    steps = torch.stack([chain[t] for t in ts], dim=1)
     eps = torch.randn_like(x0)
-    rows = torch.stack([q_sample(x0, t, eps, schedule.alpha_bars) for t in ts], dim=1)
-    plotting.table(run.path("forward.png"), list(rows), "The forward process (Eq. 4)",
-                   column_labels=[f"t = {t}" for t in ts])
+    once = torch.stack([q_sample(x0, t, eps, schedule.alpha_bars) for t in ts], dim=1)
+    plotting.table(run.path("forward.png"), [steps[0], once[0], steps[1], once[1]],
+                   "The forward process: t steps of Eq. 2, or Eq. 4 once",
+                   ["Eq. 2, t times", "Eq. 4, once"] * 2, [f"t = {t}" for t in ts])
+
+    signal, log_snr, weight, t = {}, {}, {}, torch.arange(1, T + 1)
     for kind in ("linear", "cosine"):
-        alpha_bars = make_schedule(kind, T, cfg.beta_1, cfg.beta_T).alpha_bars
-        lines[kind] = range(1, T + 1), alpha_bars[1:]
+        its = make_schedule(kind, T, cfg.beta_1, cfg.beta_T)
+        a = its.alpha_bars[1:]
+        signal[kind], log_snr[f"_{kind}"] = (t, a), (t, (a / (1 - a)).log())
+        weight[f"_{kind}"] = t, bound_weight(t, its)
     plotting.curves(run.path("schedules.png"), [
-        {"lines": lines, "xlabel": "t", "title": r"signal left, $\bar\alpha_t$"},
-        {"lines": {kind: (t, (a / (1 - a)).log()) for kind, (t, a) in lines.items()},
-         "xlabel": "t", "title": r"$\log\,\bar\alpha_t\,/\,(1-\bar\alpha_t)$"}])
+        {"lines": signal, "xlabel": "t", "title": r"signal left, $\bar\alpha_t$"},
+        {"lines": log_snr, "xlabel": "t",
+         "title": r"$\log\,\bar\alpha_t\,/\,(1-\bar\alpha_t)$"},
+        {"lines": weight, "levels": {"Eq. 14": 1.0}, "xlabel": "t", "yscale": "log",
+         "title": r"weight of $\|\epsilon-\epsilon_\theta\|^2$ in Eq. 12"}])
 
 
 @plotting.figure
 def figure_bound(run, cfg, model, data, schedule):
-    """bound.png: the variational bound term by term, with its sum in metrics.json."""
+    """bound.png: the bound term by term; rate_distortion.png: [DDPM] Fig. 5.
+
+    The bits up to t tell x_t, from which the decoder makes x0_hat.
+    """
     x0 = data.test[:100 if run.opts.evaluate else 32]
     L = variational_bound(model, x0, schedule, cfg.variance, cfg.clip_x0)
     plotting.curves(run.path("bound.png"), [{
@@ -571,6 +600,21 @@ def figure_bound(run, cfg, model, data, schedule):
     run.add_metrics(bits_per_dim={  # rate and distortion: [DDPM] Sec. 4.3
         "images": len(x0), "variance": cfg.variance, "total": sum(L),
         "rate": sum(L[1:]), "distortion": L[0], "L_T": L[-1]})
+
+    ts = plotting.evenly(range(1, cfg.T + 1), 50)
+    rate, distortion = [sum(L[t:]) for t in ts], []
+    for t in ts:
+        xt = q_sample(x0, t, torch.randn_like(x0), schedule.alpha_bars)
+        eps_hat = predict_eps(model, xt, t, schedule.alpha_bars, cfg.clip_x0)
+        x0_hat = predict_x0(xt, eps_hat, t, schedule.alpha_bars)
+        distortion.append(127.5 * (x0 - x0_hat).square().mean().sqrt().item())
+    plotting.curves(run.path("rate_distortion.png"), [
+        {"lines": {"_": (ts, distortion)}, "xlabel": "t", "xlim": (cfg.T, 0),
+         "title": "distortion: rms error of x0_hat, of 255"},
+        {"lines": {"_": (ts, rate)}, "xlabel": "t", "xlim": (cfg.T, 0),
+         "title": "rate: bits/dim told until t"},
+        {"lines": {"_": (rate, distortion, "o-")}, "xlabel": "rate",
+         "ylabel": "distortion", "title": "most bits tell what is hardly seen"}])
 
 
 @command_line

@@ -741,16 +741,38 @@ def figure_walk(run, vae, data):
 
 @plotting.figure
 def figure_histogram(run, vae, data):
-    """histogram.png: sampled latents as encoded, and scaled, against N(0, 1)."""
-    mean, logvar = encode_all(vae, data.train[:1000])
-    z = reparameterise(mean, logvar, torch.randn_like(mean))
-    grid = torch.linspace(-4, 4, 200)
-    normal = grid, torch.exp(-(grid**2) / 2) / math.sqrt(2 * math.pi), "k"
-    parts = [{"histogram": values, "lines": {"N(0, 1)": normal}, "xlim": (-4, 4),
-              "xlabel": "value of a latent", "title": f"{name}: std {values.std():.3f}"}
-             for name, values in (("as encoded", z), ("scaled", vae.scale * z))]
-    plotting.curves(run.path("histogram.png"), parts,
-                    f"Sampled latents; the scale is {vae.scale.item():.4f}")
+    """histogram.png: the latents' values against N(0, 1), and their spectrum."""
+    mean, logvar = encode_all(vae, data.train[:2000])
+    z = reparameterise(mean, logvar, torch.randn_like(mean)).cpu()
+    scaled = vae.scale.cpu() * z
+    line, spectra = torch.linspace(-4, 4, 200), {}
+    normal = line, torch.exp(-(line**2) / 2) / math.sqrt(2 * math.pi), "k"
+    for name, x, style in (("latents", scaled, "C0"),
+                           ("as many draws of N(0, I)", torch.randn_like(z), "k")):
+        variances = torch.linalg.eigvalsh(torch.cov(x.flatten(1).T)).flip(0)
+        spectra[name] = range(1, len(variances) + 1), variances, style
+    plotting.curves(run.path("histogram.png"), [
+        {"histogram": scaled, "lines": {"N(0, 1)": normal}, "xlim": (-4, 4),
+         "xlabel": "value of a latent",
+         "title": f"std {z.std():.3f}, scaled by {vae.scale.item():.3f}"},
+        {"lines": spectra, "xlabel": "principal component", "yscale": "log",
+         "title": "variance along each"}],
+        "Nearly N(0, 1) one by one, but not together")
+
+
+@plotting.figure
+def figure_prior(run, vae, data, samples):
+    """prior.png: what the VAE decodes from N(0, I), and from the diffusion's latents.
+
+    The KL term of stage 1 is tiny, and the prior far from the latents: stage 2 is what
+    learns their distribution.
+    """
+    n = min(25, len(samples))
+    z = torch.randn(n, *encode_all(vae, data.test[:1])[0].shape[1:], device=run.device)
+    plotting.panels(run.path("prior.png"), [
+        ("decoded N(0, I): a VAE alone", decode_all(vae, vae.scale * z)),
+        ("decoded samples of the diffusion", samples[:n]),
+        ("real, held out", data.test[:n])], "Why an autoencoder is not enough")
 
 
 @plotting.figure
@@ -857,6 +879,7 @@ def main(argv=None):
     plotting.samples(run.path("samples.png"), samples, data, "Drawn in latent space")
     plotting.neighbours(run.path("neighbours.png"), samples, data)
     figure_histogram(run, vae, data)
+    figure_prior(run, vae, data, samples)
     figure_denoising(run, model, vae, states(range(16)), schedule.alpha_bars)
     figure_cost(run, cfg, data.shape)
     run.evaluate(states, model, cfg.S, data)

@@ -258,8 +258,9 @@ def curves(path, parts, title="", height=3.4):
         if bars := part.pop("bars", None):
             x, heights, *width = bars
             drawn = axis.bar(to_numpy(x), to_numpy(heights), *width)
-            if any(isinstance(name, str) for name in x):
-                axis.bar_label(drawn, fmt="%.3g")
+            if len(drawn) <= 10:
+                named = any(isinstance(name, str) for name in x)
+                axis.bar_label(drawn, fmt="%.3g" if named else "%.1g", fontsize=9)
                 axis.margins(y=0.15)
         if (values := part.pop("histogram", None)) is not None:
             axis.hist(to_numpy(values).ravel(), bins=100, range=part["xlim"],
@@ -304,7 +305,7 @@ def loss_by_t(loss, edges, title):
     width = 0.9 * (edges[-1] - edges[0]) / len(pairs)
     losses = [loss(low, high) for low, high in pairs]
     return {"bars": (middles, losses, width),
-            "xlabel": "t", "yscale": "log", "title": title}
+            "xlabel": "t", "yscale": "log", "ylabel": "squared error", "title": title}
 
 
 # Points in the plane

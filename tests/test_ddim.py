@@ -9,7 +9,7 @@ from common.runs import open_run as open_any_run
 
 import pytest
 import torch
-from conftest import only_run, open_picture, open_run, run_script
+from conftest import only_run, open_picture, open_run, run_script, spied
 from torch.testing import assert_close
 
 MEAN, STD = 0.4, 0.3
@@ -314,6 +314,7 @@ def test_samples_a_ddpm_checkpoint_without_training(ddpm_run, tmp_path):
                  "reconstruction", "evaluated", "quality"):
         open_picture(folder / f"{name}.png")
     assert len(open_picture(folder / "denoising.gif")) > 5
+    assert len(open_picture(folder / "interpolation.gif")) == 36
     found = json.loads((folder / "metrics.json").read_text())
     assert found["sampling"]["network_calls"] == 7 and found["evaluation"]["n"] == 12
     assert found["evaluation"]["network_calls"] == 7
@@ -338,6 +339,42 @@ def test_smoke_run_trains_and_writes_every_file(tmp_path):
     found = json.loads((folder / "metrics.json").read_text())
     assert found["steps"] == 6 and found["sampling"]["n"] == 4
     assert found["reconstruction_error_by_S"]["10"] > 0
+
+
+def test_figures_draw_what_their_labels_say(ddpm_run, tmp_path, monkeypatch):
+    figures, films = {}, {}
+    spied(monkeypatch, ddim.plotting, "table",
+          lambda given, _: figures.update({given["path"].name: given}))
+    spied(monkeypatch, ddim.plotting, "gif",
+          lambda given, _: films.update({given["path"].name: given}))
+    ddim.main(["--sample", str(ddpm_run), "--out", str(tmp_path), "--n_samples", "1"])
+    eta = figures["eta.png"]
+    assert eta["row_labels"] == ["eta = 0", "eta = 0.2", "eta = 0.5", "eta = 1"]
+    for i, row in enumerate(eta["rows"]):  # noise and again, side by side
+        assert len(row) == len(eta["column_labels"]) == 10
+        assert torch.equal(row[0::2], row[1::2]) == (i == 0)
+    assert (eta["rows"][0][0] - eta["rows"][0][2]).abs().max() > 0.01
+    way = figures["interpolation.png"]
+    slerp, line = way["rows"][:2]
+    for end in (0, -1):
+        assert_close(slerp[end], line[end], rtol=1e-3, atol=1e-3)
+    assert (slerp[4] - line[4]).abs().max() > 0.01
+    stds = [float(label.split("\n")[1].split()[0]) for label in way["row_labels"]]
+    assert stds == pytest.approx([1, 0.71, 1, 0.71], abs=0.06)
+    film = films["interpolation.gif"]
+    assert len(film["frames"]) == len(film["captions"]) == 36
+    frames = film["frames"]
+    steps = [(a - b).abs().mean() for a, b in zip(frames, frames[1:] + frames[:1], strict=True)]
+    assert max(steps) < 4 * min(steps)  # a closed way, without a jump
+    back = figures["reconstruction.png"]
+    assert back["row_labels"][1].startswith("back, S = 10\nerror ")
+    assert [label.split("\n")[0] for label in back["row_labels"][-2:]] == ["x_T, S = 10", "N(0, I)"]
+    x0, code = back["rows"][0], back["rows"][-2]
+    model = ddim.UNet(1, 28, 8, (1, 2), 1, (7,), 1, 4, 0.0, 2)
+    model.load_state_dict(torch.load(ddpm_run / "checkpoint.pt", weights_only=True)["ema"])
+    schedule = ddim.make_schedule("linear", 20)
+    wanted = ddim.ddim_invert(model.eval(), x0, schedule, 10, "linear")
+    assert_close(code, wanted, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("argv, expected", [

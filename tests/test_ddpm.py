@@ -7,7 +7,7 @@ import ddpm_example as ddpm
 import numpy as np
 import pytest
 import torch
-from conftest import ExactEps, gaussian_eps, mean_and_cov, mixture_eps, open_run
+from conftest import ExactEps, gaussian_eps, mean_and_cov, mixture_eps, open_run, spied
 from scipy import stats
 from torch import nn
 from torch.testing import assert_close
@@ -243,13 +243,16 @@ def test_variational_bound_against_its_closed_form(variance, T):
         assert_close(term(t), kl, rtol=0.04, atol=1e-6)
 
     bar = bars[-1].item()
-    beta, clean = betas[1].item(), x0.double().flatten().numpy()  # sigma_1^2 = beta_1 for either
+    beta, clean = betas[1].item(), x0.double().flatten().numpy()
+    sigma = math.sqrt(beta)
+    if variance == "beta_tilde":  # of t = 2, as in the authors' code
+        sigma = ((1 - bars[1]) / (1 - bars[2]) * betas[2]).sqrt().item()
     a = math.sqrt(beta) / ((1 - beta) * s2 + beta)
     x1 = math.sqrt(1 - beta) * clean + math.sqrt(beta) * np.random.default_rng(0).normal(
         size=clean.shape)
     mean = (x1 - math.sqrt(beta) * a * x1) / math.sqrt(1 - beta)
-    high = np.where(clean > 0.999, np.inf, (clean + 1 / 255 - mean) / math.sqrt(beta))
-    low = np.where(clean < -0.999, -np.inf, (clean - 1 / 255 - mean) / math.sqrt(beta))
+    high = np.where(clean > 0.999, np.inf, (clean + 1 / 255 - mean) / sigma)
+    low = np.where(clean < -0.999, -np.inf, (clean - 1 / 255 - mean) / sigma)
     mass = stats.norm.cdf(high) - stats.norm.cdf(low)
     assert_close(term(1), -np.log(mass).mean().item(), rtol=0.03, atol=0.01)
 
@@ -299,6 +302,71 @@ def test_the_bound_terms_are_pixelwise_and_need_no_gradient():
         term = ddpm.bound_term(unet(image_size=4, attention=()), x0, t, schedule)
         assert term.shape == x0.shape and not term.requires_grad and torch.isfinite(term).all()
         assert t == 1 or (term >= -1e-6).all()  # each is a divergence of two Gaussians
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_a_single_step_has_a_finite_bound(variance):
+    x0, schedule = torch.zeros(2, 1, 2, 2), ddpm.make_schedule("linear", 1)
+    bound = ddpm.variational_bound(lambda x, t: x, x0 + 1 / 255, schedule, variance, False)
+    assert len(bound) == 2 and all(math.isfinite(term) and term > 0 for term in bound)
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_the_weight_of_eq_12_makes_the_bound_of_the_error_of_eps(variance):
+    """Draw by draw: L_{t-1} - C = weight |eps - eps_hat|^2."""
+    schedule, x0 = ddpm.make_schedule("cosine", 30), torch.rand(4, 1, 3, 3) * 2 - 1
+    for t in (2, 11, 30):
+        torch.manual_seed(t)
+        eps = torch.randn_like(x0)
+        torch.manual_seed(t)
+        term = ddpm.bound_term(lambda x, t: 0.3 * x, x0, t, schedule, variance, False)
+        error = (eps - 0.3 * ddpm.q_sample(x0, t, eps, schedule.alpha_bars)) ** 2
+        ratio = ddpm.beta_tilde(t, schedule) / (
+            schedule.betas[t] if variance == "beta" else ddpm.beta_tilde(t, schedule))
+        constant = 0.5 * (ratio - 1 - ratio.log())
+        weight = ddpm.bound_weight(t, schedule, variance)
+        assert_close(term - constant, weight * error, rtol=1e-3, atol=1e-5)
+        assert_close(ddpm.bound_weight(torch.tensor([t]), schedule, variance), weight[None])
+
+
+def test_rate_and_distortion_belong_to_the_bound(tmp_path, monkeypatch):
+    """Fig. 5: the rate at t is the bits of all later terms; x0_hat of a blind network is known."""
+    cfg, run, data = open_run(ddpm, tmp_path, "--no-clip_x0")
+    schedule, figures = ddpm.make_schedule("linear", cfg.T), {}
+    spied(monkeypatch, ddpm.plotting, "curves",
+          lambda given, _: figures.update({given["path"].name: given["parts"]}))
+    ddpm.figure_bound(run, cfg, lambda x, t: 0 * x, data, schedule)
+    found = run.read_metrics()["bits_per_dim"]
+    distortion, rate, both = (next(iter(part["lines"].values()))
+                              for part in figures["rate_distortion.png"])
+    assert list(distortion[0]) == list(rate[0]) == list(range(1, 21))
+    assert both[:2] == (rate[1], distortion[1])
+    assert_close(rate[1][0], found["rate"])
+    assert_close(rate[1][-1], found["L_T"])
+    L = next(iter(figures["bound.png"][0]["lines"].values()))[1]
+    assert_close(rate[1][4], sum(L[4:]) + found["L_T"])  # L holds L_1 to L_{T-1}
+    for t, error in zip(*distortion, strict=True):  # x0_hat - x0 = eps / sqrt(snr)
+        a = schedule.alpha_bars[t].item()
+        assert_close(error, 127.5 * math.sqrt((1 - a) / a), rtol=0.03, atol=0)
+
+
+def test_the_forward_figure_goes_both_ways(tmp_path, monkeypatch):
+    """Eq. 2 iterated and Eq. 4 at once: different noise, one distribution."""
+    cfg, run, data = open_run(ddpm, tmp_path)
+    schedule, figures = ddpm.make_schedule("linear", 1000), {}
+    spied(monkeypatch, ddpm.plotting, "table",
+          lambda given, _: figures.update({given["path"].name: given["rows"]}))
+    spied(monkeypatch, ddpm.plotting, "curves",
+          lambda given, _: figures.update({given["path"].name: given["parts"]}))
+    ddpm.figure_forward(run, cfg, data, schedule)
+    rows, ts = figures["forward.png"], [0, 50, 100, 200, 300, 500, 750, 1000]
+    for i, row in enumerate(rows):
+        for t, xt in zip(ts, row, strict=True):
+            a, x0 = schedule.alpha_bars[t], data.test[i // 2]
+            assert_close((xt - a.sqrt() * x0).std(), (1 - a).sqrt(), rtol=0.1, atol=1e-6)
+    assert (rows[0][3] - rows[1][3]).abs().max() > 0.1
+    weights = figures["schedules.png"][2]["lines"]["_linear"][1]
+    assert_close(weights[499], ddpm.bound_weight(500, schedule))
 
 
 # Sampling

@@ -652,6 +652,27 @@ def test_samples_are_decoded_at_the_scale_of_the_vae(drawn, odd, pictures):
         assert (wanted - vae.decode(zt / vae.scale).clamp(-1, 1)).abs().max() > 0.01
 
 
+def test_the_prior_is_that_of_the_latents_before_they_are_scaled(drawn, odd, pictures, tmp_path,
+                                                                 monkeypatch):
+    """prior.png decodes N(0, I) itself, histogram.png shows what was scaled."""
+    figures, _, _ = drawn
+    (_, alone), (_, diffusion), (_, real) = figures["prior.png"][0]
+    assert torch.equal(diffusion, figures["samples.png"][0][:25])
+    assert torch.equal(real, pictures.test[:6]) and len(alone) == 6
+    codes = []
+    monkeypatch.setattr(latent, "decode_all", lambda _, z: codes.append(z) or diffusion)
+    _, run = open_run(tmp_path)
+    latent.figure_prior(run, odd, pictures, diffusion.repeat(4, 1, 1, 1))
+    assert_close(codes[0].std(), odd.scale, rtol=0.05, atol=0)
+    values, spectrum = figures["histogram.png"][0]
+    mean, logvar = odd.encode(pictures.train[:2000])
+    assert_close(values["histogram"].std(), 3 * (mean.var() + logvar.exp().mean()).sqrt(),
+                 rtol=0.05, atol=0)
+    _, variances, _ = spectrum["lines"]["latents"]
+    assert_close(variances.sum(), values["histogram"].flatten(1).var(0).sum(), rtol=1e-3, atol=1e-3)
+    assert (variances[:-1] >= variances[1:]).all()
+
+
 def test_the_preview_recovers_what_an_exact_network_knows(tmp_path, pictures, odd, monkeypatch):
     """z0_hat of the true noise, decoded, is the picture that the latents themselves give."""
     figures, vae = Pictures(), odd
@@ -739,7 +760,7 @@ def test_a_run_stopped_in_stage_1_has_nothing_to_sample(capsys, tmp_path, pictur
 
 
 FIGURES = ("reconstructions.png", "latents.png", "histogram.png", "samples.png", "neighbours.png",
-           "walk.png", "cost.png", "loss.png", "preview.png", "denoising.gif")
+           "prior.png", "walk.png", "cost.png", "loss.png", "preview.png", "denoising.gif")
 
 
 @pytest.mark.slow
