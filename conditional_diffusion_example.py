@@ -23,13 +23,16 @@ Departures from the papers:
   1. discrete t in 1..T as in [DDPM], where [CFG] draws a continuous log-SNR;
   2. the variance is fixed ([ADM] and [DiT] learn it, [CFG] interpolates);
   3. of [ADM]'s U-Net only the norm, on [DDPM]'s; on 2x2 blocks of pixels (`patch`), and
-     its up path narrows before it doubles the resolution; the DiT works on pixels;
+     its up path narrows before it doubles the resolution; the DiT works on pixels, its
+     tokens are made of a patch and the eight around it (`dit_kernel`);
   4. the noisy classifier ends in an average pool, [ADM]'s in attention;
   5. x0_hat is clamped to [-1, 1] while sampling (`clip_x0`): after classifier-free
      guidance, but before the push of a classifier, as in [ADM]'s code. That push wants
      an unconditional network of its own (`--p_uncond 1`, trained without labels): the
      null class of the other, which sees few pictures, is a poor one;
-  6. a cosine decay of the learning rate, clipped gradients, a shorter average of the
+  6. the networks give v, not eps (`predict`; arXiv 2202.00512): the error of v counts
+     large t for more, where it is decided what a picture shows;
+  7. a cosine decay of the learning rate, clipped gradients, a shorter average of the
      weights, which follows them faster at first.
 
 How long it takes, what it draws and how good that is: results/ and README.md.
@@ -63,6 +66,7 @@ class Config:
     schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: both)
     beta_1: float = 1e-4  # first variance, linear schedule, in (0, 1) (paper: 1e-4)
     beta_T: float = 0.02  # last variance, linear schedule, in (0, 1) (paper: 0.02)
+    predict: Literal["eps", "v"] = "v"  # what the network gives (paper and DiT: eps)
     p_uncond: float = 0.1  # share of labels dropped, in [0, 1] (paper: 0.1, 0.2, 0.5)
     # sampling
     guidance: Guidance = "classifier_free"  # of the samples; none: the labels alone
@@ -95,6 +99,7 @@ class Config:
     dit_depth: int = 4  # blocks of the DiT, in [1, 100] (DiT: 12 to 28)
     dit_heads: int = 4  # attention heads of the DiT, >= 1 (DiT: 6 to 16)
     dit_patch: int = 4  # side of the DiT's patches, >= 1 (DiT: 2, 4 or 8)
+    dit_kernel: int = 3  # patches that make a token, a side, odd, in [1, 99] (DiT: 1)
     # training
     steps: int = 5000  # optimiser steps, >= 1 (DiT: 400000 and more)
     batch_size: int = 32  # pictures a step, over all processes, >= 1 (DiT: 256)
@@ -109,10 +114,10 @@ class Config:
 
 
 DIT = Config(  # [DiT] Table 1 with patches of 2, trained as there, on CIFAR-10's pixels
-    backbone="dit", dit_patch=2, dataset="cifar10", flip=True, steps=400_000,
-    batch_size=256, lr=1e-4, warmup=0, decay="constant", grad_clip=1e9, ema=0.9999,
-    preview_every=5000, w=(0.0, 0.5, 1.5, 3.0), w_samples=0.5,  # its scale 1.5
-    S=250, eta=1.0, clip_x0=False, classifier_steps=50_000)
+    predict="eps", backbone="dit", dit_patch=2, dit_kernel=1, dataset="cifar10",
+    flip=True, steps=400_000, batch_size=256, lr=1e-4, warmup=0, decay="constant",
+    grad_clip=1e9, ema=0.9999, preview_every=5000, w=(0.0, 0.5, 1.5, 3.0),
+    w_samples=0.5, S=250, eta=1.0, clip_x0=False, classifier_steps=50_000)
 PRESETS = {
     "laptop": Config(),
     "smoke": Config(
@@ -120,10 +125,10 @@ PRESETS = {
         batch_size=8, warmup=2, preview_every=3, S=5, w=(0.0, 2.0), n_samples=20,
         classifier_steps=4),
     "ddpm_adagn": Config(  # [DDPM]'s CIFAR-10 network, [ADM]'s norm and attention
-        dataset="cifar10", flip=True, channels=128, mults=(1, 2, 2, 2), blocks=2,
-        attention=(16, 8), heads=4, groups=32, dropout=0.1, patch=1, steps=800_000,
-        batch_size=128, lr=2e-4, warmup=5000, decay="constant", ema=0.9999,
-        preview_every=5000, S=25, classifier_steps=50_000),
+        predict="eps", dataset="cifar10", flip=True, channels=128, mults=(1, 2, 2, 2),
+        blocks=2, attention=(16, 8), heads=4, groups=32, dropout=0.1, patch=1,
+        steps=800_000, batch_size=128, lr=2e-4, warmup=5000, decay="constant",
+        ema=0.9999, preview_every=5000, S=25, classifier_steps=50_000),
     "dit_s": replace(DIT, dit_width=384, dit_depth=12, dit_heads=6),
     "dit_b": replace(DIT, dit_width=768, dit_depth=12, dit_heads=12),
     "dit_l": replace(DIT, dit_width=1024, dit_depth=24, dit_heads=16),
@@ -207,6 +212,27 @@ def ddpm_loss(model, x0, schedule, t=None, eps=None):
         eps = torch.randn_like(x0)  # [DDPM] Alg. 1, lines 3 and 4
     xt = q_sample(x0, t, eps, schedule.alpha_bars)
     return F.mse_loss(model(xt, t), eps)  # [DDPM] Alg. 1, line 5
+
+
+def v_loss(model, x0, schedule, t=None, eps=None):
+    """The squared error of v, which is that of eps over alpha_bar_t -> scalar.
+
+    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0, and x_t has it that eps_hat - eps
+    is sqrt(alpha_bar) (v_hat - v): large t, where it is decided what a picture shows,
+    count for more than in ddpm_loss. Source: arXiv 2202.00512, Sec. 4.
+    """
+    if t is None:
+        t = torch.randint(1, schedule.T + 1, (len(x0),), device=x0.device)
+    if eps is None:
+        eps = torch.randn_like(x0)
+    xt = q_sample(x0, t, eps, schedule.alpha_bars)
+    alpha_bar = schedule.alpha_bars[t].view(-1, 1, 1, 1)
+    return ((model(xt, t) - eps) ** 2 / alpha_bar).mean()
+
+
+def objective(cfg):
+    """The loss of what the network gives, cfg.predict."""
+    return v_loss if cfg.predict == "v" else ddpm_loss
 
 
 # %% 3. Sampling: guidance
@@ -634,22 +660,26 @@ class DiT(nn.Module):
     """eps_hat(x_t, t, y) by a transformer. x: (B, C, H, W), t: (B,) -> like x.
 
     H and W are multiples of patch. y: (B,) int64 in 0..classes; `classes`, or None, is
-    the null class, no label. out_channels: C unless given. Source: [DiT] Sec. 3.2.
+    the null class, no label. out_channels: C unless given. kernel: of the convolutions
+    of patches that make and unmake the tokens, 1 in the paper. Source: [DiT] Sec. 3.2.
     """
 
     def __init__(self, image_channels=4, image_size=32, patch=2, width=384, depth=12,
-                 heads=6, classes=1000, dropout=0.0, out_channels=None):
+                 heads=6, classes=1000, dropout=0.0, out_channels=None, kernel=1):
         super().__init__()
         if width % 4:
             raise ValueError(f"dit_width {width}: must be a multiple of 4 (positions)")
         if width % heads:
             raise ValueError(f"dit_heads {heads}: must divide --dit_width {width}")
+        if kernel % 2 == 0:
+            raise ValueError(f"dit_kernel {kernel}: must be odd")
         if image_size % patch:
             low = image_size // patch * patch
             raise ValueError(f"image_size {image_size}: must be a multiple of {patch} "
                              f"(dit_patch), nearest: {low}, {low + patch}")
         self.classes, self.patch, self.width = classes, patch, width
-        self.embed = nn.Linear(image_channels * patch**2, width)
+        self.embed = nn.Conv2d(image_channels * patch**2, width, kernel,
+                               padding=kernel // 2)
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(),
                                   nn.Linear(width, width))
         self.label = nn.Embedding(classes + 1, width)
@@ -657,9 +687,10 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.condition = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, (out_channels or image_channels) * patch**2)
+        self.out = nn.Conv2d(width, (out_channels or image_channels) * patch**2, kernel,
+                             padding=kernel // 2)
         for layer in self.modules():  # initial values as in the code
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         for layer in (self.time[0], self.time[2], self.label):
@@ -670,25 +701,48 @@ class DiT(nn.Module):
     def forward(self, x, t, y=None):
         y = torch.full_like(t, self.classes, dtype=torch.int64) if y is None else y
         c = self.time(timestep_embedding(t, 256).to(x.dtype)) + self.label(y)
-        h = F.pixel_unshuffle(x, self.patch)  # (B, C*patch^2, H/patch, W/patch)
+        h = self.embed(F.pixel_unshuffle(x, self.patch))  # (B, width, rows, columns)
         rows, columns = h.shape[2:]
         positions = positions_2d(rows, columns, self.width, x.device).to(x.dtype)
-        h = self.embed(h.flatten(2).transpose(1, 2)) + positions  # (B, N, width)
+        h = h.flatten(2).transpose(1, 2) + positions  # (B, N, width)
         for block in self.blocks:
             h = block(h, c)
         shift, scale = self.condition(F.silu(c)).chunk(2, dim=1)
-        h = self.out(modulate(self.norm(h), shift, scale))
-        h = h.transpose(1, 2).unflatten(2, (rows, columns))
-        return F.pixel_shuffle(h, self.patch)
+        h = modulate(self.norm(h), shift, scale).transpose(1, 2)
+        return F.pixel_shuffle(self.out(h.unflatten(2, (rows, columns))), self.patch)
+
+
+class VPrediction(nn.Module):
+    """eps_hat(x_t, t, y) of a network that gives v. x: (B, C, H, W), t: (B,) int64.
+
+    Noise is passed through from x_t, and need not go through the tokens of a DiT.
+    Source: arXiv 2202.00512, App. D.
+    """
+
+    def __init__(self, network, alpha_bars):
+        super().__init__()
+        self.network, self.classes = network, network.classes
+        self.register_buffer("alpha_bars", alpha_bars, persistent=False)
+
+    def forward(self, x, t, y=None):
+        alpha_bar = self.alpha_bars[t].view(-1, 1, 1, 1).to(x.dtype)
+        v_hat = self.network(x, t, y)
+        return alpha_bar.sqrt() * v_hat + (1 - alpha_bar).sqrt() * x
 
 
 def make_model(cfg, shape, classes):
     """The network that cfg describes, for images of shape (C, H, W)."""
     if cfg.backbone == "dit":
-        return DiT(shape[0], shape[1], cfg.dit_patch, cfg.dit_width, cfg.dit_depth,
-                   cfg.dit_heads, classes, cfg.dropout)
-    return UNet(shape[0], shape[1], cfg.channels, cfg.mults, cfg.blocks, cfg.attention,
-                cfg.heads, cfg.groups, cfg.dropout, cfg.patch, classes)
+        model = DiT(shape[0], shape[1], cfg.dit_patch, cfg.dit_width, cfg.dit_depth,
+                    cfg.dit_heads, classes, cfg.dropout, kernel=cfg.dit_kernel)
+    else:
+        model = UNet(shape[0], shape[1], cfg.channels, cfg.mults, cfg.blocks,
+                     cfg.attention, cfg.heads, cfg.groups, cfg.dropout, cfg.patch,
+                     classes)
+    if cfg.predict == "v":
+        schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T)
+        model = VPrediction(model, schedule.alpha_bars)
+    return model
 
 
 class NoisyClassifier(nn.Module):
@@ -759,7 +813,7 @@ def train(cfg, run, data):
     for step in run.training(cfg.steps, model, optimizer, preview, ema=ema.model):
         x0, y = run.batch(data, cfg.batch_size, cfg.flip)  # [CFG] Alg. 1, line 2
         y = drop_labels(y, cfg.p_uncond, null=classes)  # line 3
-        loss = ddpm_loss(partial(model, y=y), x0, schedule)  # lines 4 to 7
+        loss = objective(cfg)(partial(model, y=y), x0, schedule)  # lines 4 to 7
         optimizer.zero_grad()
         run.backward(loss, optimizer, cfg.grad_clip)  # line 7: the gradient, clipped
         optimizer.step()
@@ -939,8 +993,8 @@ def compare(cfg, run, data, schedule):
     models = {name: make_model(replace(cfg, backbone=name), data.shape, classes)
               for name in ("unet", "dit")}
     for backbone, model in models.items():
-        cost = training_cost(run.place(model), ddpm_loss, data.train[:cfg.batch_size],
-                             schedule, repeats=25)
+        cost = training_cost(run.place(model), objective(cfg),
+                             data.train[:cfg.batch_size], schedule, repeats=25)
         steps = max(10, int(cfg.compare / cost["seconds"]))
         part = run.part(backbone, replace(cfg, backbone=backbone, steps=steps))
         model = train(part.cfg, part, data)

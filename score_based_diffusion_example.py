@@ -27,7 +27,8 @@ Departures from the paper:
      its loss does not weigh that by its size: arXiv 2206.00364. Its sigmas are twice
      the paper's, whose pixels are in [0, 1];
   6. not from the paper: the cosine beta, the likelihood weighting, fixed-step RK4.
-`--preset ddpmpp` and `ncsnpp` keep 1, 2, 5 and PyTorch's initial weights.
+`--preset ddpmpp` and `ncsnpp` keep 1, 2, 5, PyTorch's initial weights and its 1e-5 in
+the group norms (code: uniform weights scaled by the mean of both fans, 1e-6).
 
 How long it takes, what it draws and how good that is: results/ and README.md.
 """

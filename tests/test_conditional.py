@@ -103,6 +103,70 @@ class Plain:
 # Classifier-free guidance
 
 
+def test_a_network_that_knows_v_is_asked_for_eps():
+    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0, of arXiv 2202.00512."""
+    schedule, t = cond.make_schedule("linear", 1000), torch.tensor([1, 40, 500, 1000])
+    x0, eps, y = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.tensor([3, 0, 1, 2])
+    a = schedule.alpha_bars[t].view(-1, 1, 1, 1)
+
+    def knows(x, t_, y_):
+        assert torch.equal(t_, t) and torch.equal(y_, y)
+        return a.sqrt() * eps - (1 - a).sqrt() * x0
+
+    class Network(torch.nn.Module):
+        classes, forward = 7, staticmethod(knows)
+
+    model = cond.VPrediction(Network(), schedule.alpha_bars)
+    xt = cond.q_sample(x0, t, eps, schedule.alpha_bars)
+    assert model.classes == 7
+    assert_close(model(xt, t, y), eps)
+    assert_close(cond.v_loss(lambda x, t: model(x, t, y), x0, schedule, t, eps), torch.tensor(0.0),
+                 rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("predict", ["eps", "v"])
+def test_the_network_and_the_loss_are_those_of_predict(predict, tmp_path, monkeypatch):
+    """The loss that training minimises, and the alpha_bars of the schedule that cfg asks for."""
+    called = []
+    for name in ("v_loss", "ddpm_loss"):
+        spied(monkeypatch, cond, name, lambda given, _, name=name: called.append((name, given)))
+    cfg, run, data = open_run(cond, tmp_path, "--predict", predict, "--schedule", "cosine")
+    model = cond.train(cfg, run, data)
+    wanted = {"v": "v_loss", "eps": "ddpm_loss"}[predict]
+    assert {name for name, _ in called} == {wanted} and len(called) == cfg.steps
+    assert cond.objective(cfg) is getattr(cond, wanted)
+    schedule = cond.make_schedule("cosine", cfg.T)
+    assert torch.equal(called[0][1]["schedule"].alpha_bars, schedule.alpha_bars)
+    assert isinstance(model, cond.VPrediction) == (predict == "v")
+    if predict == "v":
+        assert torch.equal(model.alpha_bars, schedule.alpha_bars)
+        assert isinstance(model.network, cond.UNet)
+    for preset in ("ddpm_adagn", "dit_s", "dit_b", "dit_l", "dit_xl"):
+        assert cond.PRESETS[preset].predict == "eps"  # as in the papers
+        assert cond.PRESETS[preset].dit_kernel == 1 or preset == "ddpm_adagn"
+
+
+def test_v_loss_is_the_squared_error_of_v():
+    schedule, t = cond.make_schedule("linear", 1000), torch.tensor([1, 40, 500, 1000])
+    x0, eps = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    a = schedule.alpha_bars[t].view(-1, 1, 1, 1)
+
+    class Network(torch.nn.Module):
+        classes, forward = 7, staticmethod(lambda x, t, y: 0.3 * x + 0.1)
+
+    model = cond.VPrediction(Network(), schedule.alpha_bars)
+    v = a.sqrt() * eps - (1 - a).sqrt() * x0
+    v_hat = 0.3 * cond.q_sample(x0, t, eps, schedule.alpha_bars) + 0.1
+    assert_close(cond.v_loss(model, x0, schedule, t, eps), (v_hat - v).square().mean(),
+                 rtol=1e-4, atol=0)
+    torch.manual_seed(0)
+    seen = []
+    cond.v_loss(lambda x, t: seen.append((x, t)) or 0 * x, x0.repeat(500, 1, 1, 1), schedule)
+    (xt, t), = seen
+    assert t.min() < 10 and t.max() > 990 and abs(t.float().mean() - 500.5) < 20
+    assert_close(xt[t > 600].std(), torch.tensor(1.0), rtol=0.05, atol=0)
+
+
 def test_w_0_is_conditional_and_w_minus_1_unconditional_exactly():
     x, t, y = torch.randn(4, 1, 2, 2), torch.tensor([1, 5, 9, 2]), torch.tensor([0, 3, 6, 3])
     model = Plain()
@@ -497,12 +561,33 @@ def test_dit_tokens_attend_to_each_other():
     assert change[..., :4, :4].max() > 1e-3
 
 
+@torch.no_grad()
+def test_a_dit_token_sees_as_many_patches_as_its_kernel_says():
+    """With the blocks asleep a pixel changes its own patch, or the patches around it too."""
+    for kernel, reach in ((1, 0), (3, 1)):
+        model, x = dit(kernel=kernel), torch.randn(1, 1, 16, 16)
+        torch.nn.init.normal_(model.out.weight)
+        for conv, other in ((model.embed, model.out), (model.out, model.embed)):
+            kept = other.weight.clone()
+            middle = torch.zeros_like(kept)
+            middle[:, :, kernel // 2, kernel // 2] = kept[:, :, kernel // 2, kernel // 2]
+            other.weight.copy_(middle)  # one of the two at a time
+            brighter = x.clone()
+            brighter[0, 0, 9, 5] += 3  # in the patch of row 2 and column 1
+            change = (model(brighter, torch.tensor([5])) - model(x, torch.tensor([5]))).abs()
+            changed = F.max_pool2d(change, 4)[0, 0] > 1e-5
+            wanted = torch.zeros(4, 4, dtype=torch.bool)
+            wanted[2 - reach:3 + reach, 1 - reach:2 + reach] = True
+            assert torch.equal(changed, wanted), (kernel, conv, changed)
+            other.weight.copy_(kept)
+
+
 def test_dit_puts_each_patch_back_where_it_came_from(monkeypatch):
     """With the layers opened so that tokens pass unmixed, a bright patch stays in its place."""
     model = dit(width=64, patch=4)
     torch.nn.init.zeros_(model.embed.weight)
-    torch.nn.init.eye_(model.embed.weight[:16])
-    torch.nn.init.eye_(model.out.weight[:, :16])
+    torch.nn.init.eye_(model.embed.weight[:16, :, 0, 0])
+    torch.nn.init.eye_(model.out.weight[:, :16, 0, 0])
     monkeypatch.setattr(cond, "positions_2d", lambda rows, columns, width, device=None:
                         torch.zeros(rows * columns, width, device=device))
     x = torch.zeros(1, 1, 16, 24)
@@ -526,7 +611,7 @@ def test_pictures_need_not_be_square(make):
     assert model(x.mT.contiguous(), t, y).shape == (2, 1, 24, 16)
     if make is dit:  # 4 rows and 6 columns of patches, each told its own place
         seen = []
-        model.embed.register_forward_hook(lambda _, __, out: seen.append(out))
+        model.embed.register_forward_hook(lambda _, __, out: seen.append(out.flatten(2).mT))
         model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         model(x, t, y)
         wanted = cond.positions_2d(4, 6, 16).expand(2, 24, 16)
@@ -680,7 +765,7 @@ def test_training_gives_each_picture_its_label_or_the_null_class(flags, share, t
                                                                  monkeypatch):
     """[CFG] Alg. 1: y belongs to x_0 and is the null class, 10, with probability p_uncond."""
     pictures, got = [], []
-    spied(monkeypatch, cond, "ddpm_loss", lambda given, _: pictures.append(given["x0"]))
+    spied(monkeypatch, cond, "v_loss", lambda given, _: pictures.append(given["x0"]))
 
     def listen(_, model):
         def hear(_, args, named):
@@ -969,6 +1054,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(stop, backbone, tmp_path, coded)
     (["--backbone", "mlp"], ["--backbone mlp", "unet, dit"]),
     (["--guidance", "clip"], ["--guidance clip", "classifier_free, classifier, none"]),
     (["--sampler", "euler"], ["--sampler euler", "ddim, ancestral"]),
+    (["--backbone", "dit", "--dit_kernel", "2"], ["--dit_kernel 2", "odd"]),
     (["--backbone", "dit", "--dit_patch", "5"], ["--image_size 28", "multiple of 5", "25, 30"]),
     (["--image_size", "30", "--backbone", "unet"], ["--image_size 30", "multiple of 4"]),
     (["--backbone", "dit", "--dit_heads", "5"], ["--dit_heads 5", "--dit_width 16"]),

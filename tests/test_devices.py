@@ -280,6 +280,7 @@ def test_encoding_on_a_device(device):
 def test_guidance_on_a_device(backbone, guidance, sampler, device):
     schedule = conditional.make_schedule("linear", 2).to(device)
     net, classifier = (NETWORKS[name]().to(device) for name in (backbone, "classifier"))
+    net = conditional.VPrediction(net, conditional.make_schedule("linear", 2).alpha_bars).to(device)
     y = torch.tensor([0, 2], device=device)
     for w, xT in ((2.0, None), (torch.tensor([0.0, 1.0], device=device), torch.randn(SHAPE, device=device))):
         assert_there(conditional.sample(net, SHAPE, schedule, y, w, guidance, classifier, sampler, 1, 1.0,
@@ -287,7 +288,8 @@ def test_guidance_on_a_device(backbone, guidance, sampler, device):
     dropped = conditional.drop_labels(y, 0.5, 3)
     assert dropped.device == device and dropped.dtype == torch.int64
     x = torch.randn(SHAPE, device=device)
-    conditional.ddpm_loss(functools.partial(net, y=dropped), x, schedule).backward()
+    for loss in (conditional.ddpm_loss, conditional.v_loss):
+        loss(functools.partial(net, y=dropped), x, schedule).backward()
     assert_there(*(p.grad for p in net.parameters() if p.grad is not None))
     assert_there(conditional.per_image(torch.tensor([1.0, 2.0], dtype=torch.float64), x))
 

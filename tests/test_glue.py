@@ -23,7 +23,8 @@ from torch.testing import assert_close
 
 MODULES = (ddpm, ddim, latent, conditional, score_based)
 every_script = pytest.mark.parametrize("module", MODULES, ids=script_name)
-LOSS = {module: "ddpm_loss" for module in MODULES} | {score_based: "score_loss"}
+LOSS = {module: "ddpm_loss" for module in MODULES} | {
+    conditional: "v_loss", score_based: "score_loss"}
 
 
 def toy(n=48, side=8):

@@ -1,0 +1,46 @@
+"""The three SDEs side by side: results/score_based/three_sdes.png.
+
+    python results/sdes.py CHECKPOINT CHECKPOINT ...    of score_based_diffusion_example.py
+
+Ten draws of each; beside them what `--sample CHECKPOINT --evaluate 500` found, which is
+kept in results/score_based/evaluation.json (vp), evaluation_ve.json and so on.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import score_based_diffusion_example as score_based  # noqa: E402
+from common import plotting  # noqa: E402
+from common.data import load_images  # noqa: E402
+from common.runs import open_run  # noqa: E402
+
+
+def row(checkpoint, folder, flags):
+    """(ten draws, what to write beside them)."""
+    cfg, run = open_run("score_based", score_based.Config, score_based.PRESETS,
+                        ["--sample", checkpoint, *flags])
+    data = run.load(load_images(cfg.dataset, cfg.image_size))
+    sde = score_based.make_sde(cfg).to(run.device)
+    model = run.trained(score_based.make_network(cfg, data.shape))
+    score = score_based.score_fn(model, sde, cfg.std_floor, cfg.clip_x0)
+    xT = sde.prior_sampling((10, *data.shape))
+    x = score_based.last(score_based.process(cfg, score, sde, xT))
+    name = "evaluation.json" if cfg.sde == "vp" else f"evaluation_{cfg.sde}.json"
+    found = json.loads((folder / name).read_text())
+    scores, bits = found["evaluation"], found["bits_per_dim"]["mean"]
+    return x, (f"{cfg.sde}: {scores['legible']:.0%} legible\nFréchet distance "
+               f"{scores['frechet_distance']:.1f}\n{bits:.2f} bits/dim")
+
+
+def main(*checkpoints, folder=ROOT / "results/score_based", flags=()):
+    """Write three_sdes.png into the folder, which has the numbers; flags: of the runs."""
+    rows, labels = zip(*(row(c, folder, flags) for c in checkpoints), strict=True)
+    plotting.table(folder / "three_sdes.png", rows,
+                   "Trained and drawn by the same settings: three SDEs", labels)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,59 @@
+"""The same noises after 500 to 8,000 steps of training, with and without the average.
+
+Trains ddim_example.py's default network, as `train` there does, and writes
+results/ddim/training.png and training.json: about 7 minutes on two CPU cores.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import ddim_example as ddim  # noqa: E402
+from common import metrics, plotting  # noqa: E402
+from common.data import load_images  # noqa: E402
+from common.runs import new_run  # noqa: E402
+
+
+def look(model, data, schedule, xT):
+    """What a network draws of the noises xT: 8 pictures, the share that is legible."""
+    drawn = [ddim.ddim_sample(model, part.shape, schedule, S=20, xT=part)
+             for part in xT.split(100)]
+    return drawn[0][:8], metrics.glance(torch.cat(drawn), data)["legible"]
+
+
+def main(n=500, at=(500, 1000, 2000, 4000, 8000), folder=ROOT / "results/ddim", **how):
+    """Train, look at the steps `at` from n noises; how: see common.runs.new_run."""
+    run = new_run("ddim", ddim.Config(steps=max(at)), **how)
+    cfg, data = run.cfg, run.load(load_images(run.cfg.dataset))
+    schedule = ddim.make_schedule(cfg.schedule, cfg.T).to(run.device)
+    xT = torch.randn(n, *data.shape).to(run.device)
+    model = run.place(ddim.make_unet(cfg, data.shape))
+    ema = ddim.EMA(model, cfg.ema)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr)
+    rows, labels, found = [], [], {}
+    for step in run.training(cfg.steps, model, optimizer, ema=ema.model):
+        x0, _ = run.batch(data, cfg.batch_size)
+        loss = ddim.ddpm_loss(model, x0, schedule)
+        optimizer.zero_grad()
+        run.backward(loss, optimizer, cfg.grad_clip)
+        optimizer.step()
+        ema.update(model, step)
+        for name, network in (("averaged", ema.model), ("not", model)):
+            if step + 1 in at:
+                pictures, legible = look(network.eval(), data, schedule, xT)
+                rows.append(pictures)
+                labels.append(f"{step + 1} steps, {name}\n{legible:.0%} legible")
+                found[f"{step + 1}, {name}"] = legible
+        model.train()
+    plotting.table(folder / "training.png", rows,
+                   "One noise a column (20 steps, eta = 0): the weights' average, or not",
+                   labels)
+    (folder / "training.json").write_text(json.dumps({"n": n, "legible": found}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
