@@ -931,9 +931,8 @@ def figure_denoising(run, states, n):
                  [f"t = {t}" for t, _ in frames])
 
 
-@plotting.figure
-def figure_guidance(run, cfg, model, data, schedule, classifier, settings):
-    """guidance.png: accuracy, Fréchet distance, recall against w, both guidances."""
+def measure_guidance(run, cfg, model, data, schedule, classifier, settings):
+    """{how it is guided: {w: its scores}}, kept in metrics.json on the way."""
     n, weights = run.opts.evaluate, sorted({*cfg.w, -1.0, 0.0, cfg.w_samples})
     y, scores = torch.arange(n, device=run.device) % len(data.classes), {}
     if cfg.p_uncond == 1:
@@ -941,7 +940,7 @@ def figure_guidance(run, cfg, model, data, schedule, classifier, settings):
     else:
         names = {"classifier_free": "classifier-free",
                  "classifier": "classifier, on the null class"}
-    for guidance in names:
+    for guidance, name in names.items():
         changed = settings | {"guidance": guidance, "classifier": classifier}
         for w in weights:
             def states(batch, w=w, changed=changed):
@@ -949,16 +948,31 @@ def figure_guidance(run, cfg, model, data, schedule, classifier, settings):
                 asked = y[batch.start:batch.stop]
                 return guided_process(model, xT, schedule, asked, w, **changed)
             found = run.quality(states, model, cfg.S, data, y)
-            scores.setdefault(guidance, {})[f"{w:g}"] = found
+            scores.setdefault(name, {})[f"{w:g}"] = found
             run.add_metrics(guidance_sweep=scores)
+    return scores
+
+
+@plotting.figure
+def figure_guidance(path, scores):
+    """guidance.png: accuracy, recall, Fréchet distance against w, each guidance a line.
+
+    scores: as measure_guidance returns them.
+    """
     titles = {"accuracy": "agrees with the label", "recall": "recall",
               "frechet_distance": "Fréchet distance in features"}
-    plotting.curves(run.path("guidance.png"), [
-        {"lines": {name: (weights, [row[key] for row in scores[kind].values()], "o-")
-                   for kind, name in names.items()},
-         "levels": {"held out": found[f"{key}_of_held_out"]} if key != "recall" else {},
-         "xlabel": "guidance w = s - 1", "title": title}
-        for key, title in titles.items()], f"{n} samples a point")
+    parts = []
+    for key, title in titles.items():
+        quiet = "" if key == "accuracy" else "_"  # one legend will do
+        lines = {quiet + name: ([float(w) for w in rows],
+                                [row[key] for row in rows.values()], "o-")
+                 for name, rows in scores.items()}
+        row = next(iter(next(iter(scores.values())).values()))
+        reached = row.get(f"{key}_of_held_out")  # of recall there is none
+        levels = {f"{quiet}held out": reached} if reached else {}
+        parts.append({"lines": lines, "levels": levels, "title": title,
+                      "xlabel": "guidance w = s - 1"})
+    plotting.curves(path, parts, f"{row['n']} samples a point")
 
 
 def classifier_accuracy(classifier, data, schedule):
@@ -1094,7 +1108,9 @@ def main(argv=None):
     figure_denoising(run, states(range(min(10, n))), min(10, n))
     run.evaluate(states, model, steps, data, y[:run.opts.evaluate])
     if run.opts.evaluate:
-        figure_guidance(run, cfg, model, data, schedule, classifier, settings)
+        scores = measure_guidance(
+            run, cfg, model, data, schedule, classifier, settings)
+        figure_guidance(run.path("guidance.png"), scores)
     run.finish()
 
 

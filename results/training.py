@@ -1,7 +1,7 @@
 """The same noises after 500 to 8,000 steps of training, with and without the average.
 
 Trains ddim_example.py's default network, as `train` there does, and writes
-results/ddim/training.png and training.json: about 7 minutes on two CPU cores.
+results/ddim/training.png and training.json; takes about as long as that script.
 """
 
 import json

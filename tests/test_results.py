@@ -1,0 +1,68 @@
+"""The scripts of results/ that make pictures of several runs or of one training."""
+
+import json
+import sys
+
+import score_based_diffusion_example as score_based
+
+import pytest
+import torch
+from conftest import ROOT, open_picture, open_run, spied
+
+sys.path.insert(0, str(ROOT / "results"))
+import guidance  # noqa: E402
+import sdes  # noqa: E402
+import training  # noqa: E402
+
+
+@pytest.mark.slow
+def test_training_looks_at_both_networks_on_the_way(tmp_path, monkeypatch):
+    looked, drawn = [], []
+    spied(monkeypatch, training, "look", lambda given, out: looked.append((given["model"], out, given["xT"])))
+    spied(monkeypatch, training.plotting, "table", lambda given, _: drawn.append(given))
+    training.main(n=9, at=(2, 4), folder=tmp_path, out=tmp_path / "runs", device="cpu")
+    (ema, first, xT), (model, raw, again), (_, last, _), _ = looked
+    assert not ema.training and not any(p.requires_grad for p in ema.parameters())
+    assert model.training and all(p.requires_grad for p in model.parameters())  # it trains on
+    assert xT is again and len(xT) == 9
+    assert len(first[0]) == 8 and not torch.equal(first[0], raw[0]) and not torch.equal(first[0], last[0])
+    rows, labels = drawn[0]["rows"], drawn[0]["row_labels"]
+    assert [label.split("\n")[0] for label in labels] == [
+        "2 steps, averaged", "2 steps, not", "4 steps, averaged", "4 steps, not"]
+    assert torch.equal(rows[0], first[0]) and torch.equal(rows[1], raw[0])
+    open_picture(tmp_path / "training.png")
+    found = json.loads((tmp_path / "training.json").read_text())
+    assert found["n"] == 9 and list(found["legible"]) == ["2, averaged", "2, not", "4, averaged", "4, not"]
+
+
+@pytest.mark.slow
+def test_three_sdes_stand_beside_their_own_numbers(tmp_path, monkeypatch):
+    runs, drawn = [], []
+    for i, (sde, file) in enumerate([("vp", "evaluation"), ("subvp", "evaluation_subvp"),
+                                     ("ve", "evaluation_ve")]):
+        cfg, run, data = open_run(score_based, tmp_path / sde, "--sde", sde, "--steps", 1)
+        score_based.train(cfg, run, data)
+        runs.append(str(run.folder))
+        (tmp_path / f"{file}.json").write_text(json.dumps({
+            "evaluation": {"legible": 0.5 + i / 10, "frechet_distance": 3.25 + i},
+            "bits_per_dim": {"mean": 2.5 + i}}))
+    spied(monkeypatch, sdes.plotting, "table", lambda given, _: drawn.append(given))
+    sdes.main(*runs, folder=tmp_path, flags=["--device=cpu", f"--out={tmp_path}"])
+    assert drawn[0]["row_labels"] == (
+        "vp: 50% legible\nFréchet distance 3.2\n2.50 bits/dim",
+        "subvp: 60% legible\nFréchet distance 4.2\n3.50 bits/dim",
+        "ve: 70% legible\nFréchet distance 5.2\n4.50 bits/dim")
+    assert [len(row) for row in drawn[0]["rows"]] == [10, 10, 10]
+    open_picture(tmp_path / "three_sdes.png")
+
+
+def test_guidance_is_drawn_of_both_evaluations(tmp_path, monkeypatch):
+    drawn = []
+    spied(monkeypatch, guidance, "figure_guidance", lambda given, _: drawn.append(given["scores"]))
+    row = {"n": 8, "accuracy": 0.5, "accuracy_of_held_out": 0.9, "recall": 0.6, "frechet_distance": 9.0,
+           "frechet_distance_of_held_out": 1.0}
+    for file, name in (("evaluation", "one"), ("evaluation_unconditional", "other")):
+        (tmp_path / f"{file}.json").write_text(json.dumps({"guidance_sweep": {name: {"-1": row, "2": row}}}))
+    guidance.main(tmp_path)
+    assert list(drawn[0]) == ["one", "other"]
+    open_picture(tmp_path / "guidance.png")
