@@ -566,9 +566,11 @@ def figure_forward(run, cfg, data, schedule):
     steps = torch.stack([chain[t] for t in ts], dim=1)
     eps = torch.randn_like(x0)
     once = torch.stack([q_sample(x0, t, eps, schedule.alpha_bars) for t in ts], dim=1)
-    plotting.table(run.path("forward.png"), [steps[0], once[0], steps[1], once[1]],
+    rows = torch.stack([steps, once], dim=1).flatten(0, 1)
+    plotting.table(run.path("forward.png"), list(rows),
                    "The forward process: t steps of Eq. 2, or Eq. 4 once",
-                   ["Eq. 2, t times", "Eq. 4, once"] * 2, [f"t = {t}" for t in ts])
+                   ["Eq. 2, t times", "Eq. 4, once"] * len(x0),
+                   [f"t = {t}" for t in ts])
 
     signal, log_snr, weight, t = {}, {}, {}, torch.arange(1, T + 1)
     for kind in ("linear", "cosine"):

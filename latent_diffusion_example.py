@@ -742,14 +742,15 @@ def figure_walk(run, vae, data):
 @plotting.figure
 def figure_histogram(run, vae, data):
     """histogram.png: the latents' values against N(0, 1), and their spectrum."""
-    mean, logvar = encode_all(vae, data.train[:2000])
+    mean, logvar = encode_all(vae, data.train[:1000])
     z = reparameterise(mean, logvar, torch.randn_like(mean)).cpu()
     scaled = vae.scale.cpu() * z
     line, spectra = torch.linspace(-4, 4, 200), {}
     normal = line, torch.exp(-(line**2) / 2) / math.sqrt(2 * math.pi), "k"
     for name, x, style in (("latents", scaled, "C0"),
                            ("as many draws of N(0, I)", torch.randn_like(z), "k")):
-        variances = torch.linalg.eigvalsh(torch.cov(x.flatten(1).T)).flip(0)
+        x = x.flatten(1) - x.flatten(1).mean(0)
+        variances = torch.linalg.svdvals(x) ** 2 / max(1, len(x) - 1)
         spectra[name] = range(1, len(variances) + 1), variances, style
     plotting.curves(run.path("histogram.png"), [
         {"histogram": scaled, "lines": {"N(0, 1)": normal}, "xlim": (-4, 4),

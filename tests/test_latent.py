@@ -665,7 +665,7 @@ def test_the_prior_is_that_of_the_latents_before_they_are_scaled(drawn, odd, pic
     latent.figure_prior(run, odd, pictures, diffusion.repeat(4, 1, 1, 1))
     assert_close(codes[0].std(), odd.scale, rtol=0.05, atol=0)
     values, spectrum = figures["histogram.png"][0]
-    mean, logvar = odd.encode(pictures.train[:2000])
+    mean, logvar = odd.encode(pictures.train[:1000])
     assert_close(values["histogram"].std(), 3 * (mean.var() + logvar.exp().mean()).sqrt(),
                  rtol=0.05, atol=0)
     _, variances, _ = spectrum["lines"]["latents"]
