@@ -10,8 +10,9 @@ Implemented here: the VE, VP and sub-VP SDEs (Eq. 9, 11, 12; App. B, C) behind o
 interface, denoising score matching (Eq. 7), the reverse SDE (Eq. 6) by Euler-Maruyama,
 reverse diffusion (App. E), ancestral sampling (App. F) and predictor-corrector
 (Alg. 1 to 5), the probability-flow ODE (Eq. 13) by RK45 and RK4, exact likelihoods
-(Eq. 39), codes by the ODE (App. D.4), the network options of App. H. [DDPM] is arXiv
-2006.11239, [DDIM] arXiv 2010.02502.
+(Eq. 39), codes by the ODE (App. D.4), imputation, colorization and sampling by class
+(Sec. 5, App. I), the network options of App. H. [DDPM] is arXiv 2006.11239, [DDIM]
+arXiv 2010.02502.
 
 Departures from the paper:
   1. time runs from T to eps in equal steps, and reverse diffusion, ancestral sampling
@@ -429,38 +430,34 @@ def langevin_step(score, x, t, alpha, snr):
     return x + epsilon * g + (2 * epsilon).sqrt() * z  # line 7
 
 
-def corrected(predictor, snr, corrector_steps):
-    """A predictor's step, behind steps of the corrector. [SDE] Alg. 1 (2: VE, 3: VP)"""
-    def step(score, sde, x, t, s):
-        alpha = transition(sde, s, t)[0] ** 2  # 1 for VE, else 1 - beta of this step
-        for _ in range(corrector_steps):  # before the predictor: departure 2
-            x = langevin_step(score, x, t, alpha, snr)
-        return predictor(score, sde, x, t, s)
-
-    return step
-
-
 @torch.no_grad()
-def sde_process(step, score, sde, xT, steps, denoise=True):
-    """From noise xT: (B, ...), yields (t, x_t) on the way from T to eps.
+def sde_process(predictor, score, sde, xT, steps, denoise=True, corrector_steps=0,
+                snr=0.16, constrain=None):
+    """From noise xT: (B, ...), yields (t, x_t) on the way from T to eps. [SDE] Alg. 1.
 
-    step(score, sde, x, t, s) gives the mean of x_s and the std of its noise.
+    predictor(score, sde, x, t, s) gives the mean of x_s and the std of its noise; so
+    many steps of the corrector come before it, of signal-to-noise ratio r = snr ([SDE]
+    Alg. 2: VE, 3: VP). constrain(x, t) makes each new state a wanted one: imputation.
     denoise: the last step's mean is the sample, (0, x_0). Its noise is larger than that
     of x_eps as soon as the steps are few, so that [SDE] App. G's Tweedie formula, which
     takes away the noise of x_eps, would leave most of it.
     """
-    x, ts = xT, np.linspace(sde.T, sde.eps, steps + 1).tolist()
+    constrain = constrain or (lambda x, t: x)
+    x, ts = constrain(xT, sde.T), np.linspace(sde.T, sde.eps, steps + 1).tolist()
     for t, s in zip(ts[:-1], ts[1:], strict=True):
         yield t, x
-        x_mean, std = step(score, sde, x, t, s)
-        x = x_mean + std * torch.randn_like(x)
-    yield (0.0, x_mean) if denoise else (sde.eps, x)
+        alpha = transition(sde, s, t)[0] ** 2  # 1 for VE, else 1 - beta of this step
+        for _ in range(corrector_steps):  # before the predictor: departure 2
+            x = constrain(langevin_step(score, x, t, alpha, snr), t)
+        x_mean, std = predictor(score, sde, x, t, s)
+        x = constrain(x_mean + std * torch.randn_like(x), s)
+    yield (0.0, constrain(x_mean, 0.0)) if denoise else (sde.eps, x)
 
 
-def sample(step, score, sde, shape, steps, denoise=True, xT=None):
+def sample(predictor, score, sde, shape, steps, denoise=True, xT=None, **how):
     """The x that sde_process ends with, of this shape; xT is drawn when None."""
     xT = sde.prior_sampling(shape) if xT is None else xT
-    return last(sde_process(step, score, sde, xT, steps, denoise))
+    return last(sde_process(predictor, score, sde, xT, steps, denoise, **how))
 
 
 def last(states):
@@ -491,8 +488,8 @@ def predictor_corrector(score, sde, shape, steps, snr=0.16, corrector_steps=1,
 
     snr: signal-to-noise ratio r of the corrector.
     """
-    step = corrected(predictor, snr, corrector_steps)
-    return sample(step, score, sde, shape, steps, **how)
+    return sample(predictor, score, sde, shape, steps, snr=snr,
+                  corrector_steps=corrector_steps, **how)
 
 
 # %% 3b. The probability-flow ODE: sampling, codes, likelihood (Sec. 4.3, App. D)
@@ -612,6 +609,70 @@ def is_8bit(x):
     """Whether x: (B, C, H, W) holds 8-bit pixels scaled to [-1, 1]."""
     pixels = (x + 1) * 127.5
     return x.ndim == 4 and bool(((pixels - pixels.round()).abs() < 1e-3).all())
+
+
+# %% 3c. Controllable generation (Sec. 5, App. I)
+
+
+def imputation(sde, known, mask, basis=None):
+    """constrain(x, t) for sde_process: what is known of x_t is its own noised self.
+
+    known: like x; mask: bool, broadcastable to it, True where known. basis: (C, C), its
+    orthonormal rows make the channels in which mask counts. Source: [SDE] App. I.2.
+    """
+    def turn(x, basis):
+        return x if basis is None else torch.einsum("dc,bc...->bd...", basis, x)
+
+    known, back = turn(known, basis), None if basis is None else basis.mT
+
+    def constrain(x, t):
+        noised = known
+        if t > 0:  # at 0 it is clean, though VE's sigma(0) is not 0
+            mean, std = sde.marginal(known, at(t, x))
+            noised = mean + std * torch.randn_like(x)
+        return turn(torch.where(mask, noised, turn(x, basis)), back)
+
+    return constrain
+
+
+def inpaint(score, sde, known, mask, steps, predictor=reverse_diffusion_step, **how):
+    """Completions of known: (B, ...), where mask is False. Source: [SDE] App. I.2.
+
+    mask: bool, broadcastable to known. how: see sde_process. An approximation: a step
+    sees one noised draw of the known. In a Gaussian of correlation 0.8 predictors alone
+    move the mean 0.6 of the right way; corrector steps go the rest.
+    """
+    return sample(predictor, score, sde, known.shape, steps,
+                  constrain=imputation(sde, known, mask), **how)
+
+
+def colorize(score, sde, grey, steps, predictor=reverse_diffusion_step, **how):
+    """Colourings of grey, the mean of three channels: (B, 1, H, W) -> (B, 3, H, W).
+
+    Turned into an orthonormal basis that begins with (1, 1, 1) / sqrt(3), what is known
+    is one channel of three. how: see sde_process. Source: [SDE] App. I.3.
+    """
+    columns = torch.tensor([[1.0, 1, 0], [1, 0, 1], [1, 0, 0]])  # of QR: first is first
+    basis = torch.linalg.qr(columns).Q.mT.to(grey)
+    known = grey.expand(-1, 3, -1, -1)
+    mask = torch.tensor([True, False, False], device=grey.device).view(3, 1, 1)
+    constrain = imputation(sde, known, mask, basis)
+    return sample(predictor, score, sde, known.shape, steps, constrain=constrain, **how)
+
+
+def conditional_score(score, classifier, y):
+    """score(x, t) of p_t(x | y), for every sampler and the ODE. [SDE] Eq. 14, App. I.1.
+
+    classifier(x, t): the logits of p_t(y | x), (B, classes); y: (B,) int64.
+    """
+    def guided(x, t):
+        with torch.enable_grad():
+            x_in = x.detach().requires_grad_()
+            log_p = classifier(x_in, t).log_softmax(1).gather(1, y[:, None]).sum()
+            gradient = torch.autograd.grad(log_p, x_in)[0]
+        return score(x, t) + gradient
+
+    return guided
 
 
 # %% 4. Networks (App. H)
@@ -982,12 +1043,13 @@ def process(cfg, score, sde, xT, calls=None):
         if cfg.denoise:
             yield 0.0, tweedie(score, sde, x, sde.eps)
         return
-    step = {"em": em_step, "reverse": reverse_diffusion_step,
-            "ancestral": ancestral_step,
-            "pc": corrected(reverse_diffusion_step, cfg.snr, cfg.corrector_steps)}[name]
-    if name == "pc" and calls:
-        steps = max(1, steps // (1 + cfg.corrector_steps))
-    yield from sde_process(step, score, sde, xT, steps, cfg.denoise)
+    predictor = {"em": em_step, "ancestral": ancestral_step}.get(
+        name, reverse_diffusion_step)
+    corrector_steps = cfg.corrector_steps if name == "pc" else 0
+    if calls:
+        steps = max(1, steps // (1 + corrector_steps))
+    yield from sde_process(predictor, score, sde, xT, steps, cfg.denoise,
+                           corrector_steps, cfg.snr)
 
 
 @plotting.figure
@@ -1094,6 +1156,41 @@ def figure_guardrails(run, cfg, model, sde, shape):
         labels.append(f"{name}\nborder std {x[..., :2, :].std():.2f}")
     plotting.table(run.path("guardrails.png"), rows,
                    f"Euler–Maruyama in {few.N} steps, one noise a column", labels)
+
+
+def make_masks(H, W):
+    """{name: (1, H, W) bool}: where a picture is known that inpaint completes."""
+    row, column = torch.arange(H).view(1, H, 1), torch.arange(W).view(1, 1, W)
+    box = ((row - H / 2 + 0.5).abs() < H / 4) & ((column - W / 2 + 0.5).abs() < W / 4)
+    half = (column < W / 2).expand(1, H, W)
+    some = torch.rand(1, H, W) < 0.3
+    return {"box": ~box, "half": half, "pixels": some, "border": box}
+
+
+@plotting.figure
+def figure_inpainting(run, cfg, score, sde, data):
+    """inpainting.png: held-out pictures, what is known of them, completions, truth."""
+    kinds = make_masks(*data.shape[1:])
+    x = data.test[:2 * len(kinds)]
+    names = [name for name in kinds for _ in range(2)][:len(x)]
+    mask = torch.stack([kinds[name] for name in names]).to(x.device)
+    how = {"corrector_steps": 1, "snr": cfg.snr, "denoise": cfg.denoise}
+    completed = [inpaint(score, sde, x, mask, min(100, cfg.N), **how) for _ in range(3)]
+    plotting.table(run.path("inpainting.png"),
+                   [torch.where(mask, x, torch.zeros_like(x)), *completed, x],
+                   "What is known, three completions, the truth (App. I.2)",
+                   ["known", "completed", "again", "again", "truth"], names)
+
+
+@plotting.figure
+def figure_colorization(run, cfg, score, sde, data):
+    """colorization.png: grey, colourings, the truth; of pictures in colour."""
+    x, how = data.test[:8], {"corrector_steps": 1, "snr": cfg.snr}
+    grey = x.mean(1, keepdim=True)
+    drawn = [colorize(score, sde, grey, min(100, cfg.N), **how) for _ in range(3)]
+    plotting.table(run.path("colorization.png"), [grey, *drawn, x],
+                   "Grey, three colourings, the truth (App. I.3)",
+                   ["grey", "coloured", "again", "again", "truth"])
 
 
 @plotting.figure
@@ -1258,6 +1355,9 @@ def show_images(run, cfg, model, score, sde, data, samples, states):
     figure_denoising(run, score, sde, states(range(8)))
     figure_guardrails(run, cfg, model, sde, data.shape)
     figure_codes(run, cfg, score, sde, data)
+    figure_inpainting(run, cfg, score, sde, data)
+    if data.shape[0] == 3:
+        figure_colorization(run, cfg, score, sde, data)
     measure_bits(run, cfg, model, sde, data)
     run.evaluate(states, model, cfg.N, data)
     scores = {}

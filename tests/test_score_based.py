@@ -791,6 +791,217 @@ def test_samplers_start_from_the_prior_of_their_sde(monkeypatch):
     assert_close(seen[0].xT, 10 * torch.randn(5, 2))
 
 
+# Controllable generation
+
+
+class Correlated:
+    """The exact score of one Gaussian N(mean, cov) of any covariance, at any t."""
+
+    def __init__(self, sde, mean, cov):
+        self.sde, self.mean, self.cov = sde, torch.tensor(mean).double(), torch.tensor(cov).double()
+
+    def matrix(self, t):
+        """(m, -C_t^-1) of the score -C_t^-1 (x - m mean)."""
+        m, std = (f(torch.tensor([t]).double()) for f in (self.sde.m, self.sde.std))
+        return m, -torch.linalg.inv(m**2 * self.cov + std**2 * torch.eye(len(self.mean)).double())
+
+    def __call__(self, x, t):
+        m, matrix = self.matrix(t[0].item())
+        return (x - m * self.mean) @ matrix
+
+
+@every_sde
+@pytest.mark.parametrize("corrector_steps", [0, 2])
+def test_every_state_is_constrained_at_its_own_t(name, corrector_steps):
+    """The start at T, each corrector step at t, each predictor step at s, the mean at 0."""
+    sde, asked = SDES[name](), []
+    x = noise(sde, 3)
+
+    def constrain(x, t):
+        asked.append(t)
+        return x + 1
+
+    states = list(sb.sde_process(sb.em_step, lambda x, t: -x, sde, x, 3, snr=1e-4,
+                                 corrector_steps=corrector_steps, constrain=constrain))
+    grid = np.linspace(sde.T, sde.eps, 4).tolist()
+    wanted = [sde.T]
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        wanted += [t] * corrector_steps + [s]
+    assert asked == pytest.approx([*wanted, 0.0])
+    assert_close(states[0][1], x + 1)
+
+
+@every_sde
+def test_imputation_noises_what_is_known_as_the_sde_does(name):
+    sde = SDES[name]()
+    known, x = torch.full((4000, 2), 0.7).double(), noise(sde)
+    constrain = sb.imputation(sde, known, torch.tensor([True, False]))
+    for t in (0.3, 1.0):
+        found, (mean, std) = constrain(x, t), sde.marginal(known, torch.full((4000,), t).double())
+        assert_close(found[:, 1], x[:, 1], rtol=0, atol=0)
+        assert found[:, 0].mean().item() == pytest.approx(mean[0, 0].item(), abs=4 * std[0].item() / 63)
+        assert found[:, 0].std().item() == pytest.approx(std[0].item(), rel=0.05)
+    assert_close(constrain(x, 0.0)[:, 0], known[:, 0], rtol=0, atol=0)  # VE: sigma(0) is not 0
+
+
+@every_sde
+@pytest.mark.parametrize("predictor", ["em_step", "reverse_diffusion_step"])
+def test_completions_follow_the_recursion_of_a_joint_gaussian(name, predictor):
+    """Every step is linear: mean and variance of the unknown in closed form, step by step.
+
+    The exact conditional is N(0.44, 0.09): what the predictor alone misses of it stands at the end.
+    """
+    sde, steps, k = SDES[name](), 100, 0.875
+    data = Correlated(sde, [0.2, -0.1], [[0.25, 0.2], [0.2, 0.25]])
+    step = getattr(sb, predictor)
+    known = torch.tensor([k, 0.0]).double().expand(10_000, 2)
+    torch.manual_seed(0)
+    found = sb.inpaint(data, sde, known, torch.tensor([True, False]), steps, step,
+                       xT=noise(sde, 10_000))
+    assert (found[:, 0] == k).all()
+
+    mean, variance = 0.0, sde.prior_std**2
+    grid = np.linspace(sde.T, sde.eps, steps + 1).tolist()
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        m, std = (f(torch.tensor([t]).double()).item() for f in (sde.m, sde.std))
+        corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).double()
+        (at_0, at_k, at_u), noise_std = step(data, sde, corners, t, s)
+        of_k, of_u = (at_k - at_0)[1].item(), (at_u - at_0)[1].item()
+        mean = at_0[1].item() + of_k * m * k + of_u * mean
+        variance = of_k**2 * std**2 + of_u**2 * variance
+        if s > grid[-1]:  # the last step returns its mean
+            noise_std = noise_std[0].item() if torch.is_tensor(noise_std) else noise_std
+            variance += noise_std**2
+    assert found[:, 1].mean().item() == pytest.approx(mean, abs=4 * (variance / 10_000) ** 0.5)
+    assert found[:, 1].var().item() == pytest.approx(variance, rel=0.07)
+    exact, exact_variance = -0.1 + 0.8 * (k - 0.2), 0.25 - 0.2**2 / 0.25
+    assert 0.15 < exact - mean < 0.25 and 1.2 < variance / exact_variance < 1.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ve", "vp", "subvp"])
+def test_the_corrector_brings_completions_to_the_exact_conditional(name):
+    """It lets the unknown hear of what is known again and again at the same t."""
+    sde = SDES[name]()
+    data = Correlated(sde, [0.2, -0.1], [[0.25, 0.2], [0.2, 0.25]])
+    known = torch.tensor([0.875, 0.0]).double().expand(4000, 2)
+    found = sb.inpaint(data, sde, known, torch.tensor([True, False]), 200, xT=noise(sde),
+                       corrector_steps=5, snr=0.16)[:, 1]
+    assert found.mean().item() == pytest.approx(0.44, abs=0.05)
+    assert found.var().item() == pytest.approx(0.09, rel=0.15)
+
+
+@every_sde
+@pytest.mark.parametrize("sampler", ["em", "reverse", "ancestral", "pc"])
+def test_independent_dimensions_are_completed_as_they_are_drawn(name, sampler):
+    """Then the method is exact; by every stochastic sampler of the SDE."""
+    sde = SDES[name]()
+    if sampler not in sde.samplers:
+        pytest.skip("ancestral: VE and VP")
+    how = {"em": (sb.em_step, {}), "reverse": (sb.reverse_diffusion_step, {}),
+           "ancestral": (sb.ancestral_step, {}),
+           "pc": (sb.reverse_diffusion_step, {"corrector_steps": 1, "snr": 0.1})}[sampler]
+    known = torch.tensor([0.875, 0.0]).double().expand(4000, 2)
+    found = sb.inpaint(gaussian(sde), sde, known, torch.tensor([True, False]), 300, how[0],
+                       xT=noise(sde), **how[1])
+    assert (found[:, 0] == 0.875).all()
+    assert found[:, 1].mean().item() == pytest.approx(-0.3, abs=0.04)
+    assert found[:, 1].std().item() == pytest.approx(0.5, rel=0.06)
+
+
+@every_sde
+def test_colourings_keep_the_grey_and_draw_the_rest(name, monkeypatch):
+    """Data with a grey of std 0.6 and two independent colours of std 0.2: drawn so beside any grey."""
+    sde = SDES[name]()
+    one = torch.full((3, 3), 1 / 3).double()  # the projection on grey
+    cov = 0.36 * one + 0.04 * (torch.eye(3).double() - one)
+    data = Correlated(sde, [0.0, 0.0, 0.0], cov.tolist())
+    made = spy(monkeypatch, sb, "imputation")
+    grey = torch.linspace(-0.5, 0.5, 3000).double().view(-1, 1, 1, 1)
+
+    def score(x, t):
+        return data(x[..., 0, 0], t)[..., None, None]
+
+    found = sb.colorize(score, sde, grey, 300, xT=noise(sde, 3000, 3).view(3000, 3, 1, 1))
+    assert found.shape == (3000, 3, 1, 1)
+    assert_close(found.mean(1, keepdim=True), grey)
+    basis = made[0].basis
+    assert_close(basis @ basis.mT, torch.eye(3).double(), rtol=0, atol=1e-6)
+    assert_close(basis[0].abs(), torch.full((3,), 3**-0.5).double(), rtol=1e-6, atol=0)
+    colour = (found - grey)[..., 0, 0]
+    assert torch.cov(colour.T).sub(0.04 * (torch.eye(3) - one)).abs().max() < 0.006
+    assert torch.corrcoef(torch.cat([colour.T, grey.view(1, -1)]))[3, :3].abs().max() < 0.08
+
+
+@every_sde
+def test_a_classifier_makes_the_score_that_of_its_class(name):
+    """Bayes: with the exact p_t(y | x) of a mixture, component by component and picture by picture."""
+    sde = SDES[name]()
+    data, x = Mixture(sde), torch.randn(7, 2).double()
+    y, t = torch.arange(7) % 3, torch.full((7,), 0.4).double()
+    guided = sb.conditional_score(data, lambda x, t: data.terms(x, t)[2], y)
+    found = guided(x, t)
+    for k in range(3):
+        component = Mixture(sde, (1.0,), (data.mu[k].tolist(),), (data.s[k].item(),))
+        assert_close(found[y == k], component(x[y == k], t[y == k]), rtol=1e-6, atol=1e-8)
+
+
+def test_masks_say_what_is_known():
+    masks = sb.make_masks(12, 20)
+    shares = {name: mask.double().mean().item() for name, mask in masks.items()}
+    assert all(mask.shape == (1, 12, 20) and mask.dtype == torch.bool for mask in masks.values())
+    assert shares["half"] == 0.5 and masks["half"][..., :10].all()
+    assert shares["box"] == 0.75 and not masks["box"][0, 3:9, 5:15].any()
+    assert torch.equal(masks["border"], ~masks["box"])
+    assert 0.2 < shares["pixels"] < 0.4
+
+
+def test_the_figure_completes_what_its_masks_leave_out(tmp_path, monkeypatch):
+    """The known pixels of every completion are those of the truth, and nothing else is."""
+    cfg, run, data = opened(tmp_path, "--N", 4)
+    tables, sde = spy(monkeypatch, sb.plotting, "table"), sb.VPSDE()
+    inpainted = spy(monkeypatch, sb, "inpaint")
+    sb.figure_inpainting(run, cfg, lambda x, t: -x, sde, data)
+    known, *completed, truth = tables[0].rows
+    assert torch.equal(truth, data.test[:8])
+    assert tables[0].column_labels == ["box", "box", "half", "half", "pixels", "pixels", "border", "border"]
+    mask = inpainted[0].mask
+    assert mask.shape == (8, 1, 28, 28) and not known[~mask].any() and torch.equal(known[mask], truth[mask])
+    for x in completed:
+        assert torch.equal(x[mask], truth[mask])
+        assert (x - truth)[~mask].abs().min() > 0
+    assert (completed[0] - completed[1])[~mask].abs().min() > 0  # a draw each
+    assert [call.steps for call in inpainted] == [4] * 3
+    assert all(call.how == {"corrector_steps": 1, "snr": cfg.snr, "denoise": True} for call in inpainted)
+
+
+def test_the_figure_of_colourings_keeps_their_grey(tmp_path, monkeypatch):
+    cfg, run, _ = opened(tmp_path, "--N", 4)
+    data, tables = load_data("color_digits", 0), spy(monkeypatch, sb.plotting, "table")
+    sb.figure_colorization(run, cfg, lambda x, t: -x, sb.VPSDE(), data)
+    grey, *coloured, truth = tables[0].rows
+    assert torch.equal(truth, data.test[:8]) and len(coloured) == 3
+    for x in coloured:
+        assert_close(x.mean(1, keepdim=True), grey, rtol=0, atol=1e-5)
+        assert x.std(1).mean() > 0.01
+    assert (coloured[0] - coloured[1]).abs().max() > 0.01
+
+
+@pytest.mark.slow
+@every_sde
+@pytest.mark.parametrize("draw", [sb.euler_maruyama, sb.predictor_corrector, sb.probability_flow_ode])
+def test_every_sampler_draws_by_class(name, draw):
+    sde = SDES[name]()
+    data, y = Mixture(sde), torch.arange(1500) % 3
+    guided = sb.conditional_score(data, lambda x, t: data.terms(x, t)[2], y)
+    how = {} if draw is sb.probability_flow_ode else {"steps": 500}
+    found = draw(guided, sde, None, xT=noise(sde, 1500), **how)
+    for k in range(3):
+        part = found[y == k]
+        assert (part.mean(0) - data.mu[k]).abs().max() < 0.06
+        assert part.std(0).mean().item() == pytest.approx(data.s[k].item(), rel=0.12)
+
+
 @pytest.mark.parametrize("t, s", [(1.0, 1e-3), (0.2, 0.9)])
 def test_ode_process_is_scipy_s_rk45(t, s):
     """The same end as solve_ivp at the same tolerance, and every accepted t on the way."""
@@ -1386,7 +1597,7 @@ def test_all_that_is_drawn_and_measured_is_of_the_average(name, how, run_of, tmp
         {"figure_sdes", "figure_loss", "figure_fields", "figure_paths", "figure_walk", "figure_density",
          "measure_points"}
         if points else {"figure_sdes", "figure_loss", "figure_denoising", "figure_samplers",
-                        "figure_guardrails", "figure_codes", "measure_bits"})
+                        "figure_guardrails", "figure_codes", "figure_inpainting", "measure_bits"})
     models = [call.model for call in used if hasattr(call, "model")]
     models += [behind[call.score] for call in [*used, *process] if hasattr(call, "score")]
     models += [call.network for call in scored]
@@ -1529,7 +1740,7 @@ def test_smoke_run_on_images(sde, tmp_path, capsys):
     assert result.returncode == 0, result.stderr[-2000:]
     run = only_run(tmp_path / "out", "score_based")
     pictures = ["sdes.png", "loss.png", "preview.png", "samples.png", "samplers.png",
-                "guardrails.png", "codes.png", "denoising.gif"]
+                "guardrails.png", "codes.png", "inpainting.png", "denoising.gif"]
     for name in pictures:
         open_picture(run / name)
     found = json.loads((run / "metrics.json").read_text())
