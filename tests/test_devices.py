@@ -340,6 +340,24 @@ def test_sde_samplers_on_a_device(name, shape, device):
     assert_there(z, sb.slerp(z, x0, 0.5), sb.dequantize(x0), shape=shape)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ve", "vp", "subvp"])
+def test_controllable_generation_on_a_device(name, device):
+    sde = SDES[name]().to(device)
+    x, grey = torch.randn(2, 3, 2, 2, device=device), torch.randn(2, 1, 2, 2, device=device)
+    mask = torch.tensor([True, False], device=device)
+
+    def score(x, t):
+        return -x * sb.over(t, x)
+
+    def classifier(x, t):
+        return x.flatten(1)[:, :3] * t[:, None]
+
+    guided = sb.conditional_score(score, classifier, torch.tensor([0, 2], device=device))
+    assert_there(sb.inpaint(guided, sde, x, mask, 1, corrector_steps=1), sb.colorize(score, sde, grey, 1),
+                 shape=x.shape)
+
+
 @pytest.mark.parametrize("name, trace, probe", [
     ("ve", "exact", ""), ("vp", "hutchinson", "rademacher"), ("subvp", "hutchinson", "gaussian")])
 def test_likelihood_on_a_device(name, trace, probe, device):
