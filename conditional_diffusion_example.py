@@ -936,10 +936,10 @@ def measure_guidance(run, cfg, model, data, schedule, classifier, settings):
     n, weights = run.opts.evaluate, sorted({*cfg.w, -1.0, 0.0, cfg.w_samples})
     y, scores = torch.arange(n, device=run.device) % len(data.classes), {}
     if cfg.p_uncond == 1:
-        names = {"classifier": "classifier, unconditional network"}
+        names = {"classifier": "classifier: unconditional"}
     else:
         names = {"classifier_free": "classifier-free",
-                 "classifier": "classifier, on the null class"}
+                 "classifier": "classifier: null class"}
     for guidance, name in names.items():
         changed = settings | {"guidance": guidance, "classifier": classifier}
         for w in weights:

@@ -1167,7 +1167,7 @@ def test_classifier_guidance_and_evaluation(smoke, tmp_path, monkeypatch):
     check_pictures(folder, ("grid", "samples", "same_noise", "guidance"))
     found = json.loads((folder / "metrics.json").read_text())
     assert found["noisy_classifier_accuracy_by_t"]["1"] > 0.3  # chance: 0.1
-    assert list(found["guidance_sweep"]) == ["classifier-free", "classifier, on the null class"]
+    assert list(found["guidance_sweep"]) == ["classifier-free", "classifier: null class"]
     for table in found["guidance_sweep"].values():
         assert list(table) == ["-1", "0", "2"]
         for row in table.values():
@@ -1188,7 +1188,7 @@ def test_an_unconditional_network_is_guided_by_the_classifier(tmp_path, monkeypa
     check_pictures(folder, ("guidance", "classifier"))
     found = json.loads((folder / "metrics.json").read_text())
     (name, sweep), = found["guidance_sweep"].items()
-    assert name == "classifier, unconditional network" and "-1" in sweep
+    assert name == "classifier: unconditional" and "-1" in sweep
 
 
 @pytest.mark.slow
