@@ -440,7 +440,7 @@ def sde_process(predictor, score, sde, xT, steps, denoise=True, corrector_steps=
     Alg. 2: VE, 3: VP). constrain(x, t) makes each new state a wanted one: imputation.
     denoise: the last step's mean is the sample, (0, x_0). Its noise is larger than that
     of x_eps as soon as the steps are few, so that [SDE] App. G's Tweedie formula, which
-    takes away the noise of x_eps, would leave most of it. The mean leaves that of x_eps.
+    takes away the noise of x_eps, would leave most of it.
     """
     constrain = constrain or (lambda x, t: x)
     x, ts = constrain(xT, sde.T), np.linspace(sde.T, sde.eps, steps + 1).tolist()

@@ -1128,7 +1128,7 @@ def test_smoke_run_writes_every_file(smoke):
     assert found["samples"]["legible"] < 0.01  # six steps of training draw no digits
     state = torch.load(smoke / "checkpoint.pt", weights_only=True)
     assert state["step"] == 6 and state["loop"] == "model" and state["script"] == "conditional"
-    assert state["ema"]["label.weight"].shape[0] == 11
+    assert state["ema"]["network.label.weight"].shape[0] == 11
 
 
 @pytest.mark.slow
