@@ -215,10 +215,10 @@ def ddpm_loss(model, x0, schedule, t=None, eps=None):
 
 
 def v_loss(model, x0, schedule, t=None, eps=None):
-    """The squared error of v, which is that of eps over alpha_bar_t -> scalar.
+    """The squared error of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 -> scalar.
 
-    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0, and x_t has it that eps_hat - eps
-    is sqrt(alpha_bar) (v_hat - v): large t, where it is decided what a picture shows,
+    model(xt, t, v=True) gives v_hat. x_t is given, so that eps_hat - eps is
+    sqrt(alpha_bar) (v_hat - v): large t, where it is decided what a picture shows,
     count for more than in ddpm_loss. Source: arXiv 2202.00512, Sec. 4.
     """
     if t is None:
@@ -227,7 +227,8 @@ def v_loss(model, x0, schedule, t=None, eps=None):
         eps = torch.randn_like(x0)
     xt = q_sample(x0, t, eps, schedule.alpha_bars)
     alpha_bar = schedule.alpha_bars[t].view(-1, 1, 1, 1)
-    return ((model(xt, t) - eps) ** 2 / alpha_bar).mean()
+    v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+    return F.mse_loss(model(xt, t, v=True), v)
 
 
 def objective(cfg):
@@ -660,8 +661,8 @@ class DiT(nn.Module):
     """eps_hat(x_t, t, y) by a transformer. x: (B, C, H, W), t: (B,) -> like x.
 
     H and W are multiples of patch. y: (B,) int64 in 0..classes; `classes`, or None, is
-    the null class, no label. out_channels: C unless given. kernel: of the convolutions
-    of patches that make and unmake the tokens, 1 in the paper. Source: [DiT] Sec. 3.2.
+    the null class, no label. out_channels: C unless given. kernel: side, in patches, of
+    the first and the last convolution; 1 (paper) is a linear layer. [DiT] Sec. 3.2.
     """
 
     def __init__(self, image_channels=4, image_size=32, patch=2, width=384, depth=12,
@@ -713,9 +714,10 @@ class DiT(nn.Module):
 
 
 class VPrediction(nn.Module):
-    """eps_hat(x_t, t, y) of a network that gives v. x: (B, C, H, W), t: (B,) int64.
+    """eps_hat(x_t, t, y) of a network that gives v_hat. x: (B, C, H, W), t: (B,) int64.
 
-    Noise is passed through from x_t, and need not go through the tokens of a DiT.
+    eps_hat = sqrt(alpha_bar) v_hat + sqrt(1 - alpha_bar) x_t: noise is passed through,
+    and need not go through the tokens of a DiT. v: v_hat itself, for the loss.
     Source: arXiv 2202.00512, App. D.
     """
 
@@ -724,9 +726,11 @@ class VPrediction(nn.Module):
         self.network, self.classes = network, network.classes
         self.register_buffer("alpha_bars", alpha_bars, persistent=False)
 
-    def forward(self, x, t, y=None):
-        alpha_bar = self.alpha_bars[t].view(-1, 1, 1, 1).to(x.dtype)
+    def forward(self, x, t, y=None, v=False):
         v_hat = self.network(x, t, y)
+        if v:
+            return v_hat
+        alpha_bar = self.alpha_bars[t].view(-1, 1, 1, 1).to(x.dtype)
         return alpha_bar.sqrt() * v_hat + (1 - alpha_bar).sqrt() * x
 
 

@@ -513,7 +513,7 @@ def figure_denoising(run, model, states, alpha_bars):
 
 @plotting.figure
 def figure_steps(run, cfg, model, schedule, shape):
-    """steps.png: one noise in more and more steps; eta.png: each noise twice.
+    """steps.png: one noise a column, in more and more steps; eta.png: each noise twice.
 
     With eta = 0 the noise x_T is a code: it alone says which picture.
     """
@@ -537,7 +537,7 @@ def figure_steps(run, cfg, model, schedule, shape):
 def figure_interpolation(run, cfg, model, schedule, shape):
     """interpolation.png: from noise to noise, on the sphere and on the line; a GIF."""
     def decode(xT):
-        return ddim_sample(model, xT.shape, schedule, cfg.S, 0.0, cfg.spacing,
+        return ddim_sample(model, xT.shape, schedule, min(50, cfg.S), 0.0, cfg.spacing,
                            cfg.clip_x0, xT)
 
     shares = torch.linspace(0, 1, 9, device=run.device).view(-1, 1, 1, 1)
@@ -549,13 +549,14 @@ def figure_interpolation(run, cfg, model, schedule, shape):
             rows.append(decode(xT))
             labels.append(f"{name}: std of x_T\n{xT[4].std():.2f} in the middle")
     plotting.table(run.path("interpolation.png"), rows,
-                   "Between two noises (eta = 0): half way on the line there is too "
-                   "little noise", labels, [f"{u:.2f}" for u in shares.flatten()])
+                   "Between two noises, eta = 0", labels,
+                   [f"{u:.2f}" for u in shares.flatten()])
 
     noises, frames, captions = torch.randn(3, 6, *shape, device=run.device), [], []
     for i, share in ((i, share / 12) for i in range(3) for share in range(12)):
-        frames.append(decode(slerp(noises[i], noises[i - 2], share)))
+        frames.append(slerp(noises[i], noises[i - 2], share))
         captions.append(f"x_T from noise {i + 1} to {(i + 1) % 3 + 1}, {share:.0%}")
+    frames = decode(torch.cat(frames)).split(6)
     plotting.gif(run.path("interpolation.gif"), frames, 6, captions, hold=0)
 
 
@@ -569,7 +570,7 @@ def figure_reconstruction(run, cfg, model, schedule, data):
         errors[S] = (back - x0).square().mean().sqrt().item()
         rows.append(back)
         codes.append(xT)
-    labels = [f"back, S = {S}\nerror {error:.3f}" for S, error in errors.items()]
+    labels = [f"back, S = {S}\nrms {error:.3f}" for S, error in errors.items()]
     codes = {f"x_T, S = {min(errors)}": codes[0], f"x_T, S = {max(errors)}": codes[-1],
              "N(0, I)": torch.randn_like(x0)}
     labels += [f"{name}\nstd {xT.std():.2f}" for name, xT in codes.items()]

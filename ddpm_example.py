@@ -446,7 +446,10 @@ def train(cfg, run, data):
 
 
 def bound_weight(t, schedule, variance="beta"):
-    """What |eps - eps_theta|^2 counts in L_{t-1}, and 1 in Eq. 14. t: int or (B,)."""
+    """The factor of |eps - eps_theta|^2 in L_{t-1} - C; Eq. 14 sets it to 1. t: 2..T.
+
+    t: int or (B,). At t = 1 "beta_tilde" is 0, and the factor infinite.
+    """
     beta, alpha, alpha_bar = (array[t] for array in schedule)
     sigma2 = beta if variance == "beta" else beta_tilde(t, schedule)
     return beta**2 / (2 * sigma2 * alpha * (1 - alpha_bar))  # [DDPM] Eq. 12
@@ -472,13 +475,12 @@ def discrete_log_likelihood(x0, mean, sigma):
 def bound_term(model, x0, t, schedule, variance="beta_tilde", clip_x0=True):
     """L_{t-1} in nats, like x0: (B, C, H, W), from one draw of x_t. t: int in 1..T.
 
-    L_0 with "beta_tilde" takes sigma_1^2 = beta_tilde_2, as the code does.
+    L_0 takes sigma_1^2 = beta_tilde_2 with either variance, as the code does.
     """
     xt = q_sample(x0, t, torch.randn_like(x0), schedule.alpha_bars)
     mean, sigma2 = p_theta(model, xt, t, schedule, variance, clip_x0)
-    if t == 1:
-        if variance == "beta_tilde":  # beta_tilde_1 = 0 is no variance
-            sigma2 = beta_tilde(2, schedule) if schedule.T > 1 else schedule.betas[1]
+    if t == 1:  # of a single step there is no beta_tilde_2
+        sigma2 = beta_tilde(2, schedule) if schedule.T > 1 else schedule.betas[1]
         return -discrete_log_likelihood(x0, mean, sigma2.sqrt())
     mean_q, variance_q = q_posterior(x0, xt, t, schedule)
     ratio = variance_q / sigma2
@@ -560,9 +562,11 @@ def figure_forward(run, cfg, data, schedule):
     """
     x0, T = data.test[:2], schedule.T
     ts = [0, T // 20, T // 10, T // 5, 3 * T // 10, T // 2, 3 * T // 4, T]
-    chain = [x0]
+    xt, chain = x0, {0: x0}
     for t in range(1, T + 1):
-        chain.append(q_step(chain[-1], t, torch.randn_like(x0), schedule))
+        xt = q_step(xt, t, torch.randn_like(x0), schedule)
+        if t in ts:
+            chain[t] = xt
     steps = torch.stack([chain[t] for t in ts], dim=1)
     eps = torch.randn_like(x0)
     once = torch.stack([q_sample(x0, t, eps, schedule.alpha_bars) for t in ts], dim=1)
@@ -573,24 +577,25 @@ def figure_forward(run, cfg, data, schedule):
                    [f"t = {t}" for t in ts])
 
     signal, log_snr, weight, t = {}, {}, {}, torch.arange(1, T + 1)
+    sigma = r"\beta_t" if cfg.variance == "beta" else r"\tilde\beta_t"
     for kind in ("linear", "cosine"):
         its = make_schedule(kind, T, cfg.beta_1, cfg.beta_T)
         a = its.alpha_bars[1:]
         signal[kind], log_snr[f"_{kind}"] = (t, a), (t, (a / (1 - a)).log())
-        weight[f"_{kind}"] = t, bound_weight(t, its)
+        weight[f"_{kind}"] = t[1:], bound_weight(t[1:], its, cfg.variance)
     plotting.curves(run.path("schedules.png"), [
         {"lines": signal, "xlabel": "t", "title": r"signal left, $\bar\alpha_t$"},
         {"lines": log_snr, "xlabel": "t",
          "title": r"$\log\,\bar\alpha_t\,/\,(1-\bar\alpha_t)$"},
         {"lines": weight, "levels": {"Eq. 14": 1.0}, "xlabel": "t", "yscale": "log",
-         "title": r"weight of $\|\epsilon-\epsilon_\theta\|^2$ in Eq. 12"}])
+         "title": rf"weight in Eq. 12, $\sigma_t^2 = {sigma}$"}])
 
 
 @plotting.figure
 def figure_bound(run, cfg, model, data, schedule):
     """bound.png: the bound term by term; rate_distortion.png: [DDPM] Fig. 5.
 
-    The bits up to t tell x_t, from which the decoder makes x0_hat.
+    L_t + ... + L_T are the bits that tell x_t; x0_hat is made of it.
     """
     x0 = data.test[:100 if run.opts.evaluate else 32]
     L = variational_bound(model, x0, schedule, cfg.variance, cfg.clip_x0)
@@ -603,20 +608,24 @@ def figure_bound(run, cfg, model, data, schedule):
         "images": len(x0), "variance": cfg.variance, "total": sum(L),
         "rate": sum(L[1:]), "distortion": L[0], "L_T": L[-1]})
 
-    ts = plotting.evenly(range(1, cfg.T + 1), 50)
+    small = [t for t in (1, 2, 3, 5, 8, 13) if t <= cfg.T]
+    ts = sorted({*small, *plotting.evenly(range(1, cfg.T + 1), 50)})
     rate, distortion = [sum(L[t:]) for t in ts], []
     for t in ts:
         xt = q_sample(x0, t, torch.randn_like(x0), schedule.alpha_bars)
         eps_hat = predict_eps(model, xt, t, schedule.alpha_bars, cfg.clip_x0)
         x0_hat = predict_x0(xt, eps_hat, t, schedule.alpha_bars)
         distortion.append(127.5 * (x0 - x0_hat).square().mean().sqrt().item())
+    every_t = range(1, cfg.T + 1)
     plotting.curves(run.path("rate_distortion.png"), [
-        {"lines": {"_": (ts, distortion)}, "xlabel": "t", "xlim": (cfg.T, 0),
-         "title": "distortion: rms error of x0_hat, of 255"},
-        {"lines": {"_": (ts, rate)}, "xlabel": "t", "xlim": (cfg.T, 0),
-         "title": "rate: bits/dim told until t"},
-        {"lines": {"_": (rate, distortion, "o-")}, "xlabel": "rate",
-         "ylabel": "distortion", "title": "most bits tell what is hardly seen"}])
+        {"lines": {"_": (ts, distortion, "o-")}, "xlabel": "t", "xlim": (cfg.T, 0),
+         "ylabel": "rms error of x0_hat, of 255", "title": "distortion"},
+        {"lines": {"_": (every_t, [sum(L[t:]) for t in every_t], "o-")},
+         "xlabel": "t", "xlim": (cfg.T, 0), "ylabel": "bits / dimension",
+         "title": "rate"},
+        {"lines": {"_": (rate, distortion, "o-")}, "xlabel": "bits / dimension",
+         "ylabel": "rms error of x0_hat, of 255",
+         "title": "distortion against rate (Fig. 5)"}])
 
 
 @command_line

@@ -750,7 +750,8 @@ def figure_histogram(run, vae, data):
     for name, x, style in (("latents", scaled, "C0"),
                            ("as many draws of N(0, I)", torch.randn_like(z), "k")):
         x = x.flatten(1) - x.flatten(1).mean(0)
-        variances = torch.linalg.svdvals(x) ** 2 / max(1, len(x) - 1)
+        rank = max(1, len(x) - 1)  # one is lost to the mean
+        variances = torch.linalg.svdvals(x)[:rank] ** 2 / rank
         spectra[name] = range(1, len(variances) + 1), variances, style
     plotting.curves(run.path("histogram.png"), [
         {"histogram": scaled, "lines": {"N(0, 1)": normal}, "xlim": (-4, 4),
@@ -758,22 +759,23 @@ def figure_histogram(run, vae, data):
          "title": f"std {z.std():.3f}, scaled by {vae.scale.item():.3f}"},
         {"lines": spectra, "xlabel": "principal component", "yscale": "log",
          "title": "variance along each"}],
-        "Nearly N(0, 1) one by one, but not together")
+        "Latents against N(0, I)")
 
 
 @plotting.figure
 def figure_prior(run, vae, data, samples):
     """prior.png: what the VAE decodes from N(0, I), and from the diffusion's latents.
 
-    The KL term of stage 1 is tiny, and the prior far from the latents: stage 2 is what
-    learns their distribution.
+    The KL term of stage 1 makes single latents nearly N(0, 1), not their joint
+    distribution: that is what stage 2 learns.
     """
     n = min(25, len(samples))
     z = torch.randn(n, *encode_all(vae, data.test[:1])[0].shape[1:], device=run.device)
     plotting.panels(run.path("prior.png"), [
         ("decoded N(0, I): a VAE alone", decode_all(vae, vae.scale * z)),
         ("decoded samples of the diffusion", samples[:n]),
-        ("real, held out", data.test[:n])], "Why an autoencoder is not enough")
+        ("real, held out", data.test[:n])],
+        "Decoded: N(0, I), and what the diffusion draws")
 
 
 @plotting.figure

@@ -260,7 +260,8 @@ def curves(path, parts, title="", height=3.4):
             drawn = axis.bar(to_numpy(x), to_numpy(heights), *width)
             if len(drawn) <= 10:
                 named = any(isinstance(name, str) for name in x)
-                axis.bar_label(drawn, fmt="%.3g" if named else "%.1g", fontsize=9)
+                style = {"fmt": "%.3g"} if named else {"fmt": "%.1g", "fontsize": 7}
+                axis.bar_label(drawn, **style)
                 axis.margins(y=0.15)
         if (values := part.pop("histogram", None)) is not None:
             axis.hist(to_numpy(values).ravel(), bins=100, range=part["xlim"],

@@ -2,7 +2,7 @@
 
     python results/sdes.py CHECKPOINT CHECKPOINT ...    of score_based_diffusion_example.py
 
-Ten draws of each; beside them what `--sample CHECKPOINT --evaluate 500` found, which is
+Ten draws of each; beside them what `--sample CHECKPOINT --evaluate N` found, which is
 kept in results/score_based/evaluation.json (vp), evaluation_ve.json and so on.
 """
 
@@ -31,15 +31,16 @@ def row(checkpoint, folder, flags):
     name = "evaluation.json" if cfg.sde == "vp" else f"evaluation_{cfg.sde}.json"
     found = json.loads((folder / name).read_text())
     scores, bits = found["evaluation"], found["bits_per_dim"]["mean"]
-    return x, (f"{cfg.sde}: {scores['legible']:.0%} legible\nFréchet distance "
-               f"{scores['frechet_distance']:.1f}\n{bits:.2f} bits/dim")
+    return x, (f"{cfg.sde}: {scores['legible']:.0%} of {scores['n']} legible\n"
+               f"Fréchet distance {scores['frechet_distance']:.1f}\n"
+               f"{bits:.2f} bits/dim")
 
 
 def main(*checkpoints, folder=ROOT / "results/score_based", flags=()):
     """Write three_sdes.png into the folder, which has the numbers; flags: of the runs."""
     rows, labels = zip(*(row(c, folder, flags) for c in checkpoints), strict=True)
     plotting.table(folder / "three_sdes.png", rows,
-                   "Trained and drawn by the same settings: three SDEs", labels)
+                   "The default settings with each SDE", labels)
 
 
 if __name__ == "__main__":

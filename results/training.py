@@ -26,23 +26,27 @@ def look(model, data, schedule, xT):
 
 
 def main(n=500, at=(500, 1000, 2000, 4000, 8000), folder=ROOT / "results/ddim", **how):
-    """Train, look at the steps `at` from n noises; how: see common.runs.new_run."""
+    """Train, look at the steps `at` from n noises; the averaged network.
+
+    how: see common.runs.new_run.
+    """
     run = new_run("ddim", ddim.Config(steps=max(at)), **how)
     cfg, data = run.cfg, run.load(load_images(run.cfg.dataset))
     schedule = ddim.make_schedule(cfg.schedule, cfg.T).to(run.device)
     xT = torch.randn(n, *data.shape).to(run.device)
     model = run.place(ddim.make_unet(cfg, data.shape))
     ema = ddim.EMA(model, cfg.ema)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
+                                  weight_decay=cfg.weight_decay)
     rows, labels, found = [], [], {}
     for step in run.training(cfg.steps, model, optimizer, ema=ema.model):
-        x0, _ = run.batch(data, cfg.batch_size)
+        x0, _ = run.batch(data, cfg.batch_size, cfg.flip)
         loss = ddim.ddpm_loss(model, x0, schedule)
         optimizer.zero_grad()
         run.backward(loss, optimizer, cfg.grad_clip)
         optimizer.step()
         ema.update(model, step)
-        for name, network in (("averaged", ema.model), ("not", model)):
+        for name, network in (("averaged", ema.model), ("last weights", model)):
             if step + 1 in at:
                 pictures, legible = look(network.eval(), data, schedule, xT)
                 rows.append(pictures)
@@ -50,9 +54,9 @@ def main(n=500, at=(500, 1000, 2000, 4000, 8000), folder=ROOT / "results/ddim", 
                 found[f"{step + 1}, {name}"] = legible
         model.train()
     plotting.table(folder / "training.png", rows,
-                   "One noise a column (20 steps, eta = 0): the weights' average, or not",
-                   labels)
+                   "One noise a column, 20 steps, eta = 0", labels)
     (folder / "training.json").write_text(json.dumps({"n": n, "legible": found}, indent=2))
+    return ema.model
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from functools import partial
 from itertools import groupby
 
 import common.data
@@ -120,7 +121,7 @@ def test_a_network_that_knows_v_is_asked_for_eps():
     xt = cond.q_sample(x0, t, eps, schedule.alpha_bars)
     assert model.classes == 7
     assert_close(model(xt, t, y), eps)
-    assert_close(cond.v_loss(lambda x, t: model(x, t, y), x0, schedule, t, eps), torch.tensor(0.0),
+    assert_close(cond.v_loss(partial(model, y=y), x0, schedule, t, eps), torch.tensor(0.0),
                  rtol=0, atol=1e-6)
 
 
@@ -146,22 +147,36 @@ def test_the_network_and_the_loss_are_those_of_predict(predict, tmp_path, monkey
         assert cond.PRESETS[preset].dit_kernel == 1 or preset == "ddpm_adagn"
 
 
-def test_v_loss_is_the_squared_error_of_v():
-    schedule, t = cond.make_schedule("linear", 1000), torch.tensor([1, 40, 500, 1000])
+@pytest.mark.parametrize("kind, T, beta_T", [
+    ("linear", 1000, 0.02), ("linear", 10, 0.02), ("linear", 1000, 0.2), ("cosine", 1000, 0.02)])
+def test_v_loss_is_the_squared_error_of_v(kind, T, beta_T):
+    """Its value and its gradient, also where alpha_bar is next to nothing, or nothing."""
+    schedule, t = cond.make_schedule(kind, T, beta_T=beta_T), torch.tensor([1, T // 3, T - 1, T])
     x0, eps = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
-    a = schedule.alpha_bars[t].view(-1, 1, 1, 1)
+    a = schedule.alpha_bars.double()[t].view(-1, 1, 1, 1)
 
     class Network(torch.nn.Module):
-        classes, forward = 7, staticmethod(lambda x, t, y: 0.3 * x + 0.1)
+        classes = 7
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, x, t, y):
+            return self.scale * x + 0.1
 
     model = cond.VPrediction(Network(), schedule.alpha_bars)
-    v = a.sqrt() * eps - (1 - a).sqrt() * x0
-    v_hat = 0.3 * cond.q_sample(x0, t, eps, schedule.alpha_bars) + 0.1
-    assert_close(cond.v_loss(model, x0, schedule, t, eps), (v_hat - v).square().mean(),
-                 rtol=1e-4, atol=0)
-    torch.manual_seed(0)
-    seen = []
-    cond.v_loss(lambda x, t: seen.append((x, t)) or 0 * x, x0.repeat(500, 1, 1, 1), schedule)
+    xt = a.sqrt() * x0.double() + (1 - a).sqrt() * eps.double()
+    v = a.sqrt() * eps.double() - (1 - a).sqrt() * x0.double()
+    loss, error = cond.v_loss(model, x0, schedule, t, eps), 0.3 * xt + 0.1 - v
+    assert_close(loss.detach().double(), error.square().mean(), rtol=1e-5, atol=0)
+    loss.backward()
+    assert_close(model.network.scale.grad.double(), (2 * error * xt).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_v_loss_draws_every_t():
+    schedule, seen = cond.make_schedule("linear", 1000), []
+    cond.v_loss(lambda x, t, v: seen.append((x, t)) or 0 * x, torch.randn(2000, 1, 8, 8), schedule)
     (xt, t), = seen
     assert t.min() < 10 and t.max() > 990 and abs(t.float().mean() - 500.5) < 20
     assert_close(xt[t > 600].std(), torch.tensor(1.0), rtol=0.05, atol=0)

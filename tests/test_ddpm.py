@@ -244,9 +244,7 @@ def test_variational_bound_against_its_closed_form(variance, T):
 
     bar = bars[-1].item()
     beta, clean = betas[1].item(), x0.double().flatten().numpy()
-    sigma = math.sqrt(beta)
-    if variance == "beta_tilde":  # of t = 2, as in the authors' code
-        sigma = ((1 - bars[1]) / (1 - bars[2]) * betas[2]).sqrt().item()
+    sigma = ((1 - bars[1]) / (1 - bars[2]) * betas[2]).sqrt().item()  # as in the authors' code
     a = math.sqrt(beta) / ((1 - beta) * s2 + beta)
     x1 = math.sqrt(1 - beta) * clean + math.sqrt(beta) * np.random.default_rng(0).normal(
         size=clean.shape)
@@ -340,20 +338,23 @@ def test_rate_and_distortion_belong_to_the_bound(tmp_path, monkeypatch):
     distortion, rate, both = (next(iter(part["lines"].values()))
                               for part in figures["rate_distortion.png"])
     assert list(distortion[0]) == list(rate[0]) == list(range(1, 21))
+    assert [part["xlabel"] for part in figures["rate_distortion.png"]][:2] == ["t", "t"]
     assert both[:2] == (rate[1], distortion[1])
     assert_close(rate[1][0], found["rate"])
     assert_close(rate[1][-1], found["L_T"])
     L = next(iter(figures["bound.png"][0]["lines"].values()))[1]
     assert_close(rate[1][4], sum(L[4:]) + found["L_T"])  # L holds L_1 to L_{T-1}
-    for t, error in zip(*distortion, strict=True):  # x0_hat - x0 = eps / sqrt(snr)
+    for t, error in zip(*distortion[:2], strict=True):  # x0_hat - x0 = eps / sqrt(snr)
         a = schedule.alpha_bars[t].item()
         assert_close(error, 127.5 * math.sqrt((1 - a) / a), rtol=0.03, atol=0)
 
 
-def test_the_forward_figure_goes_both_ways(tmp_path, monkeypatch):
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_the_forward_figure_goes_both_ways(variance, tmp_path, monkeypatch):
     """Eq. 2 iterated and Eq. 4 at once: different noise, one distribution."""
-    cfg, run, data = open_run(ddpm, tmp_path)
-    schedule, figures = ddpm.make_schedule("linear", 1000), {}
+    cfg, run, data = open_run(ddpm, tmp_path, "--variance", variance)
+    schedule, figures, steps = ddpm.make_schedule("linear", 1000), {}, []
+    spied(monkeypatch, ddpm, "q_step", lambda given, out: steps.append((given, out)))
     spied(monkeypatch, ddpm.plotting, "table",
           lambda given, _: figures.update({given["path"].name: given["rows"]}))
     spied(monkeypatch, ddpm.plotting, "curves",
@@ -365,8 +366,30 @@ def test_the_forward_figure_goes_both_ways(tmp_path, monkeypatch):
             a, x0 = schedule.alpha_bars[t], data.test[i // 2]
             assert_close((xt - a.sqrt() * x0).std(), (1 - a).sqrt(), rtol=0.1, atol=1e-6)
     assert (rows[0][3] - rows[1][3]).abs().max() > 0.1
-    weights = figures["schedules.png"][2]["lines"]["_linear"][1]
-    assert_close(weights[499], ddpm.bound_weight(500, schedule))
+    assert [given["t"] for given, _ in steps] == list(range(1, 1001))
+    assert torch.equal(steps[0][0]["x_prev"], data.test[:2])
+    for (_, out), (given, _) in zip(steps[:-1], steps[1:], strict=True):
+        assert given["x_prev"] is out  # a chain
+    for t, first, second in zip(ts[1:], rows[0][1:], rows[2][1:], strict=True):
+        assert torch.equal(torch.stack([first, second]), steps[t - 1][1])
+    t, weights = figures["schedules.png"][2]["lines"]["_linear"]
+    assert t[0] == 2 and torch.isfinite(weights).all()  # at 1 beta_tilde is 0
+    assert_close(weights[498], ddpm.bound_weight(500, schedule, variance))
+    assert ("tilde" in figures["schedules.png"][2]["title"]) == (variance == "beta_tilde")
+
+
+def test_the_rate_is_drawn_for_every_t_and_the_distortion_for_the_smallest(tmp_path, monkeypatch):
+    cfg, run, data = open_run(ddpm, tmp_path, "--T", "200")
+    schedule, figures = ddpm.make_schedule("linear", 200), {}
+    spied(monkeypatch, ddpm.plotting, "curves",
+          lambda given, _: figures.update({given["path"].name: given["parts"]}))
+    ddpm.figure_bound(run, cfg, lambda x, t: 0 * x, data, schedule)
+    distortion, rate, both = (next(iter(part["lines"].values()))
+                              for part in figures["rate_distortion.png"])
+    assert list(rate[0]) == list(range(1, 201))
+    ts = list(distortion[0])
+    assert {1, 2, 3, 5, 8, 13, 200} <= set(ts) and ts == sorted(ts) and len(ts) < 60
+    assert list(both[0]) == [rate[1][t - 1] for t in ts]
 
 
 # Sampling

@@ -2,8 +2,12 @@
 
 import json
 import sys
+from dataclasses import replace
 
+import ddim_example as ddim
 import score_based_diffusion_example as score_based
+from common.data import load_images
+from common.runs import new_run
 
 import pytest
 import torch
@@ -28,11 +32,28 @@ def test_training_looks_at_both_networks_on_the_way(tmp_path, monkeypatch):
     assert len(first[0]) == 8 and not torch.equal(first[0], raw[0]) and not torch.equal(first[0], last[0])
     rows, labels = drawn[0]["rows"], drawn[0]["row_labels"]
     assert [label.split("\n")[0] for label in labels] == [
-        "2 steps, averaged", "2 steps, not", "4 steps, averaged", "4 steps, not"]
+        "2 steps, averaged", "2 steps, last weights", "4 steps, averaged", "4 steps, last weights"]
     assert torch.equal(rows[0], first[0]) and torch.equal(rows[1], raw[0])
     open_picture(tmp_path / "training.png")
     found = json.loads((tmp_path / "training.json").read_text())
-    assert found["n"] == 9 and list(found["legible"]) == ["2, averaged", "2, not", "4, averaged", "4, not"]
+    assert found["n"] == 9
+    assert list(found["legible"]) == [
+        "2, averaged", "2, last weights", "4, averaged", "4, last weights"]
+
+
+@pytest.mark.slow
+def test_training_trains_as_the_script_does(tmp_path, monkeypatch):
+    """The same weights, from a Config with weight decay and mirrored pictures."""
+    cfg = replace(ddim.PRESETS["smoke"], weight_decay=0.3, flip=True, steps=4)
+    monkeypatch.setattr(ddim, "Config", lambda steps: replace(cfg, steps=steps))
+    monkeypatch.setattr(training, "look", lambda model, data, schedule, xT: (xT[:1], 0.5))
+    found = training.main(n=2, at=(2, 4), folder=tmp_path, out=tmp_path / "runs", device="cpu")
+    run = new_run("ddim", cfg, out=tmp_path / "runs", device="cpu")
+    data = run.load(load_images(cfg.dataset))
+    torch.randn(2, *data.shape)  # the noises that are looked at
+    wanted = ddim.train(cfg, run, data)
+    for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.slow
@@ -44,14 +65,14 @@ def test_three_sdes_stand_beside_their_own_numbers(tmp_path, monkeypatch):
         score_based.train(cfg, run, data)
         runs.append(str(run.folder))
         (tmp_path / f"{file}.json").write_text(json.dumps({
-            "evaluation": {"legible": 0.5 + i / 10, "frechet_distance": 3.25 + i},
+            "evaluation": {"n": 9, "legible": 0.5 + i / 10, "frechet_distance": 3.25 + i},
             "bits_per_dim": {"mean": 2.5 + i}}))
     spied(monkeypatch, sdes.plotting, "table", lambda given, _: drawn.append(given))
     sdes.main(*runs, folder=tmp_path, flags=["--device=cpu", f"--out={tmp_path}"])
     assert drawn[0]["row_labels"] == (
-        "vp: 50% legible\nFréchet distance 3.2\n2.50 bits/dim",
-        "subvp: 60% legible\nFréchet distance 4.2\n3.50 bits/dim",
-        "ve: 70% legible\nFréchet distance 5.2\n4.50 bits/dim")
+        "vp: 50% of 9 legible\nFréchet distance 3.2\n2.50 bits/dim",
+        "subvp: 60% of 9 legible\nFréchet distance 4.2\n3.50 bits/dim",
+        "ve: 70% of 9 legible\nFréchet distance 5.2\n4.50 bits/dim")
     assert [len(row) for row in drawn[0]["rows"]] == [10, 10, 10]
     open_picture(tmp_path / "three_sdes.png")
 
