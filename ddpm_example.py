@@ -616,11 +616,11 @@ def figure_bound(run, cfg, model, data, schedule):
         eps_hat = predict_eps(model, xt, t, schedule.alpha_bars, cfg.clip_x0)
         x0_hat = predict_x0(xt, eps_hat, t, schedule.alpha_bars)
         distortion.append(127.5 * (x0 - x0_hat).square().mean().sqrt().item())
-    every_t = range(1, cfg.T + 1)
+    every_t, style = range(1, cfg.T + 1), "o-" if cfg.T < 50 else "-"
     plotting.curves(run.path("rate_distortion.png"), [
         {"lines": {"_": (ts, distortion, "o-")}, "xlabel": "t", "xlim": (cfg.T, 0),
          "ylabel": "rms error of x0_hat, of 255", "title": "distortion"},
-        {"lines": {"_": (every_t, [sum(L[t:]) for t in every_t], "o-")},
+        {"lines": {"_": (every_t, [sum(L[t:]) for t in every_t], style)},
          "xlabel": "t", "xlim": (cfg.T, 0), "ylabel": "bits / dimension",
          "title": "rate"},
         {"lines": {"_": (rate, distortion, "o-")}, "xlabel": "bits / dimension",

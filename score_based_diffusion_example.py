@@ -3,16 +3,18 @@
 
     python score_based_diffusion_example.py                        train on digits, draw
     python score_based_diffusion_example.py --dataset swiss_roll   points in the plane
+    python score_based_diffusion_example.py --dataset sines        series, forecasts
     python score_based_diffusion_example.py --sde ve               or vp, subvp
+    python score_based_diffusion_example.py --sample --classes 3 1 4   digits by class
     python score_based_diffusion_example.py --sample --evaluate 500    every sampler
 
 Implemented here: the VE, VP and sub-VP SDEs (Eq. 9, 11, 12; App. B, C) behind one
 interface, denoising score matching (Eq. 7), the reverse SDE (Eq. 6) by Euler-Maruyama,
-reverse diffusion (App. E), ancestral sampling (App. F) and predictor-corrector
-(Alg. 1 to 5), the probability-flow ODE (Eq. 13) by RK45 and RK4, exact likelihoods
-(Eq. 39), codes by the ODE (App. D.4), imputation, colorization and sampling by class
-(Sec. 5, App. I), the network options of App. H. [DDPM] is arXiv 2006.11239, [DDIM]
-arXiv 2010.02502.
+reverse diffusion (App. E), ancestral sampling (App. F), probability-flow sampling (App.
+D.3) and predictor-corrector (Alg. 1 to 5), the probability-flow ODE (Eq. 13) by RK45
+and RK4, exact likelihoods (Eq. 39), codes by the ODE (App. D.4), imputation,
+colorization and sampling by class (Sec. 5, App. I), the network options of App. H.
+[DDPM] is arXiv 2006.11239, [DDIM] 2010.02502, [ADM] 2105.05233.
 
 Departures from the paper:
   1. time runs from T to eps in equal steps, and reverse diffusion, ancestral sampling
@@ -22,8 +24,9 @@ Departures from the paper:
   2. the corrector comes before the predictor, as in the code (Alg. 1 prints it after).
      r = 0.16 is Tab. 5's for VE; for VP it has 0.01, or 0.04 behind the flow predictor;
   3. x0_hat is clamped while sampling images (`clip_x0`), not in likelihoods;
-  4. the small U-Net of ddpm_example.py, on 2x2 blocks of pixels, an MLP for points, a
-     cosine decay of the learning rate, the average of the weights faster at first;
+  4. the small U-Net of ddpm_example.py, on 2x2 blocks of pixels, an MLP for points,
+     dilated convolutions for series, a cosine decay of the learning rate, the average
+     of the weights faster at first;
   5. VE's network predicts what is left of eps when a Gaussian's share is taken out, and
      its loss does not weigh that by its size: arXiv 2206.00364. Its sigmas are twice
      the paper's, whose pixels are in [0, 1];
@@ -42,9 +45,10 @@ from typing import Literal
 
 from common import metrics, plotting
 from common.cli import check_sizes, command_line
-from common.data import POINTS, load_data, point_density
+from common.data import POINTS, SERIES, cached, load_data, point_density
 from common.device import Meter, seeded
 from common.ode import solve
+from common.pictures import make_masks, read_question
 from common.runs import open_run
 
 import numpy as np
@@ -71,22 +75,30 @@ class Config:
     # sampling
     sampler: Sampler = "pc"  # which one (paper: pc for ve, em for vp and subvp)
     N: int = 500  # steps, in [1, 1e6]; rk4 makes N / 4, rk45 its own (paper: 1000)
+    predictor: Literal["reverse", "ancestral", "flow", "none"] = "reverse"  # of pc
+    corrector_steps: int = 1  # of pc, a predictor step, in [0, 1000] (paper: 1)
     snr: float = 0.16  # r of the corrector, in (0, 10] (paper: ve 0.16, vp 0.01)
-    corrector_steps: int = 1  # a predictor step, in [1, 1000] (paper: 1)
     tolerance: float = 1e-4  # of rk45, both kinds, in [1e-12, 1) (paper: 1e-5)
     denoise: bool = True  # end with a mean: the last step's, Tweedie's (paper: yes)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1]; images only (paper: no)
     std_floor: float = 1e-5  # least std in -eps_hat / std, in [0, 1]
     temperature: float = 1.0  # scales the starting noise, in [0, 100] (paper: 1)
     likelihood: int = 16  # held-out examples whose likelihood is computed, >= 0
-    n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]; of points 100 times
+    n_samples: int = 64  # drawn at the end, in [1, 1e6]; points 100, series 5 times
+    classes: tuple[str, ...] = ()  # to draw by a classifier of noisy pictures (Eq. 49)
+    classifier_steps: int = 1500  # of that classifier's training, >= 1
+    inpaint_N: int = 50  # steps where part is known: completing, in [1, 1e6]
+    inpaint_corrector: int = 5  # corrector steps each, in [0, 1000]
+    inpaint_snr: float = 0.4  # and their r, in (0, 10]
+    image: str = ""  # a picture to complete, a file
+    mask: str = ""  # what of it is known, a picture: white; what is black is completed
+    forecast: int = 0  # last values of a series that are forecast, >= 0; 0: a quarter
     # data
-    dataset: str = "digits"  # digits, cifar10, ..., swiss_roll, two_moons, gaussians
+    dataset: str = "digits"  # digits, cifar10, ..., swiss_roll, ..., sines, csv:PATH
     image_size: int = 0  # resize pictures to this side, >= 0; 0 keeps theirs
     flip: bool = False  # mirror pictures at random (code: yes; never for digits)
     dequantize: bool = True  # spread 8-bit values over their bin (code: no)
     # network
-    model: Literal["auto", "unet", "mlp"] = "auto"  # unet for images, mlp for points
     channels: int = 32  # base width of the U-Net, >= 4 (code: 128)
     mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (code: 1 2 2 2)
     blocks: int = 1  # residual blocks a level, in [1, 100] (paper: 4)
@@ -99,8 +111,8 @@ class Config:
     skip_rescale: bool = False  # residual sums times 1/sqrt(2) (paper: yes)
     biggan: bool = False  # residual blocks that resample inside (paper: yes)
     progressive_input: bool = False  # shrunken input at each level (paper: NCSN++ yes)
-    hidden: int = 128  # width of the MLP, in [1, 4096]
-    layers: int = 4  # hidden layers of the MLP, in [1, 100]
+    hidden: int = 128  # width of the MLP or SeriesNet, in [1, 4096]
+    layers: int = 4  # blocks of the MLP or SeriesNet, in [1, 100]
     # training
     steps: int = 8000  # optimiser steps, >= 1 (paper: 1300000)
     batch_size: int = 32  # examples a step, over all processes, >= 1 (paper: 128)
@@ -116,6 +128,10 @@ class Config:
 PLANE = Config(
     dataset="swiss_roll", dequantize=False, steps=10_000, batch_size=512, lr=3e-3,
     preview_every=5000, sampler="rk45", likelihood=1000)
+LINE = Config(
+    dataset="sines", sde="ve", sigma_max=20.0, dequantize=False, hidden=48, layers=8,
+    steps=3000, sampler="em", N=200, inpaint_N=100, inpaint_corrector=2,
+    inpaint_snr=0.2)
 DDPMPP = Config(  # DDPM++ cont. (VP) of Tab. 3
     dataset="cifar10", flip=True, channels=128, mults=(1, 2, 2, 2), blocks=4,
     attention=(16,), groups=32, dropout=0.1, patch=1, skip_rescale=True, biggan=True,
@@ -126,11 +142,13 @@ PRESETS = {
     "laptop": Config(),
     "smoke": Config(
         channels=8, groups=4, hidden=16, layers=2, steps=6, batch_size=8, warmup=2,
-        preview_every=3, N=5, tolerance=0.1, likelihood=2, n_samples=4),
+        preview_every=3, N=5, tolerance=0.1, likelihood=2, n_samples=4, inpaint_N=3,
+        classifier_steps=4),
     "ddpmpp": DDPMPP,
     "ncsnpp": replace(  # NCSN++ cont. (VE), the same table
         DDPMPP, sde="ve", fir=True, progressive_input=True, ema=0.999, sampler="pc"),
     **{name: replace(PLANE, dataset=name) for name in POINTS},
+    **{name: replace(LINE, dataset=name) for name in (*SERIES, "csv")},
 }
 
 
@@ -421,6 +439,21 @@ def ancestral_step(score, sde, x, t, s):
     return x_mean, math.sqrt(sde.ancestral_variance(s, t))
 
 
+def flow_step(score, sde, x, t, s):
+    """Probability-flow sampling, no noise: [SDE] Eq. 42; VE 43, VP 44."""
+    a, variance = transition(sde, s, t)
+    return (2 - a) * x + 0.5 * variance * score(x, at(t, x)), 0.0
+
+
+def identity_step(score, sde, x, t, s):
+    """x as it is, for the corrector alone; last of all Tweedie's mean."""
+    return (x if s > sde.eps else tweedie(score, sde, x, t)), 0.0
+
+
+PREDICTORS = {"em": em_step, "reverse": reverse_diffusion_step, "flow": flow_step,
+              "ancestral": ancestral_step, "none": identity_step}
+
+
 def langevin_step(score, x, t, alpha, snr):
     """One corrector step at t. alpha: 1 (VE), or 1 - beta. [SDE] Alg. 4, 5."""
     z = torch.randn_like(x)  # line 4
@@ -652,6 +685,8 @@ def colorize(score, sde, grey, steps, predictor=reverse_diffusion_step, **how):
     Turned into an orthonormal basis that begins with (1, 1, 1) / sqrt(3), what is known
     is one channel of three. how: see sde_process. Source: [SDE] App. I.3.
     """
+    if grey.shape[1] != 1:
+        raise ValueError(f"grey: must have one channel, the mean, not {grey.shape[1]}")
     columns = torch.tensor([[1.0, 1, 0], [1, 0, 1], [1, 0, 0]])  # of QR: first is first
     basis = torch.linalg.qr(columns).Q.mT.to(grey)
     known = grey.expand(-1, 3, -1, -1)
@@ -959,18 +994,90 @@ class ScoreMLP(nn.Module):
         return self.out(F.silu(h))
 
 
+class DilatedBlock(nn.Module):
+    """A dilated and a plain convolution, and the time. (B, C, 1, L) -> the same."""
+
+    def __init__(self, channels, dilation, time_dim):
+        super().__init__()
+        self.time = nn.Linear(time_dim, channels)
+        self.conv1 = nn.Conv2d(channels, channels, (1, 3), padding=(0, dilation),
+                               dilation=(1, dilation))
+        self.conv2 = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(x + self.time(emb)[:, :, None, None]))
+        return x + self.conv2(F.silu(h))
+
+
+class SeriesNet(nn.Module):
+    """What network_eps asks of series. x: (B, 1, L), any L, t: (B,) -> like x.
+
+    Convolutions of dilation 1, 2, ..., 64, 1, ... as in WaveNet, arXiv 1609.03499, but
+    looking both ways; over pictures one pixel high, which CPUs are faster at. offset,
+    unit: what undoes the scaling of the data it was trained on.
+    """
+
+    def __init__(self, channels=48, layers=8, fourier=False):
+        super().__init__()
+        self.register_buffer("sigma_data", torch.tensor(0.5))
+        self.register_buffer("offset", torch.tensor(0.0))
+        self.register_buffer("unit", torch.tensor(1.0))
+        self.features = FourierFeatures(32) if fourier else None
+        self.time = nn.Sequential(nn.Linear(64, channels), nn.SiLU())
+        self.lift = nn.Conv2d(1, channels, (1, 3), padding=(0, 1))
+        self.blocks = nn.ModuleList(
+            DilatedBlock(channels, 2 ** (i % 7), channels) for i in range(layers))
+        self.out = zero_init(nn.Conv2d(channels, 1, 1))
+
+    def forward(self, x, t):
+        features = self.features
+        emb = timestep_embedding(t, 64) if features is None else features(t)
+        emb, h = self.time(emb.to(x.dtype)), self.lift(x[:, :, None])
+        for block in self.blocks:
+            h = block(h, emb)
+        return self.out(F.silu(h))[:, :, 0]
+
+
+class NoisyClassifier(nn.Module):
+    """Logits of p(y | x_t). x: (B, C, H, W), t: (B,) -> (B, classes).
+
+    A small downsampling half of the U-Net; that of [ADM] Sec. 4.3 pools by attention.
+    """
+
+    def __init__(self, image_channels, classes, channels=32, groups=8, patch=2):
+        super().__init__()
+        self.channels, self.patch = channels, patch
+        time_dim, wide = 4 * channels, 2 * channels
+        self.time = nn.Sequential(nn.Linear(channels, time_dim), nn.SiLU(),
+                                  nn.Linear(time_dim, time_dim))
+        self.conv_in = nn.Conv2d(image_channels * patch**2, channels, 3, padding=1)
+        self.block1 = ResBlock(channels, channels, time_dim, groups, 0.0)
+        self.down = Downsample(channels)
+        self.block2 = ResBlock(channels, wide, time_dim, groups, 0.0)
+        self.attention = Attention(wide, 1, groups)
+        self.block3 = ResBlock(wide, wide, time_dim, groups, 0.1)
+        self.norm_out = nn.GroupNorm(groups, wide)
+        self.out = nn.Linear(4 * wide, classes)
+
+    def forward(self, x, t):
+        emb = self.time(timestep_embedding(t, self.channels).to(x.dtype))
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))
+        h = self.down(self.block1(h, emb))
+        h = self.block3(self.attention(self.block2(h, emb)), emb)
+        h = F.adaptive_avg_pool2d(F.silu(self.norm_out(h)), 2)
+        return self.out(h.flatten(1))
+
+
 def make_network(cfg, shape):
-    """The network that cfg describes, for images (C, H, W) or points (dim,)."""
-    if len(shape) == 3 and cfg.model == "mlp":
-        raise ValueError(f"model mlp: must be auto or unet for {cfg.dataset}, images")
-    if len(shape) == 1 and cfg.model == "unet":
-        raise ValueError(f"model unet: must be auto or mlp for {cfg.dataset}, points")
+    """The network of cfg, for images (C, H, W), series (1, L) or points (dim,)."""
+    fourier = cfg.sde == "ve"
     if len(shape) == 1:
-        return ScoreMLP(shape[0], cfg.hidden, cfg.layers, cfg.sde == "ve")
+        return ScoreMLP(shape[0], cfg.hidden, cfg.layers, fourier)
+    if len(shape) == 2:
+        return SeriesNet(cfg.hidden, cfg.layers, fourier)
     return UNet(shape[0], shape[1], cfg.channels, cfg.mults, cfg.blocks, cfg.attention,
-                cfg.heads, cfg.groups, cfg.dropout, cfg.patch, fourier=cfg.sde == "ve",
-                fir=cfg.fir, skip_rescale=cfg.skip_rescale, biggan=cfg.biggan,
-                progressive_input=cfg.progressive_input)
+                cfg.heads, cfg.groups, cfg.dropout, cfg.patch, fourier, cfg.fir,
+                cfg.skip_rescale, cfg.biggan, cfg.progressive_input)
 
 
 # %% 5. Training
@@ -1000,6 +1107,9 @@ def train(cfg, run, data):
     sde = make_sde(cfg)
     model = run.place(make_network(cfg, data.shape))
     model.sigma_data.fill_(data.train.std())
+    if len(data.shape) == 2:  # what undoes the scaling belongs to the network
+        model.offset.fill_(data.offset)
+        model.unit.fill_(data.unit)
     ema = EMA(model, cfg.ema)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
                                   weight_decay=cfg.weight_decay)
@@ -1021,12 +1131,44 @@ def train(cfg, run, data):
     return ema.model
 
 
+def train_classifier(cfg, run, sde, data):
+    """classifier(x, t), logits of p_t(y | x): trained once, then kept on disk.
+
+    It sees x as the network does, c_in x, and 999 t. Source: [SDE] App. I.1.
+    """
+    sigma_data = data.train.std()
+
+    def make():
+        patch = 2 if data.shape[1] % 2 == 0 else 1
+        return run.place(NoisyClassifier(data.shape[0], len(data.classes), patch=patch))
+
+    def logits(network, x, t):
+        c_in, _, _ = sde.scaling(t, sigma_data)
+        return network(over(c_in, x) * x, 999 * t)
+
+    def fit(network):
+        optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0.05)
+        for _ in run.training(cfg.classifier_steps, network, optimizer,
+                              name="classifier", keep=False):
+            x0, y = run.batch(data, 64, cfg.flip)
+            t = draw_times(sde, len(x0))[0].to(x0)
+            mean, std = sde.marginal(x0, t)
+            xt = mean + std * torch.randn_like(x0)
+            loss = F.cross_entropy(logits(network, xt, t), y)
+            optimizer.zero_grad()
+            run.backward(loss, optimizer, clip=1.0)
+            optimizer.step()
+        return not run.stopped
+
+    constants = sorted((k, v) for k, v in vars(sde).items() if k != "device")
+    key = (data.shape, data.fingerprint(), cfg.sde, constants, cfg.classifier_steps,
+           cfg.flip)
+    with seeded(2025, run.device):
+        network = cached(f"sde_classifier_{data.name}", key, make, fit)
+    return partial(logits, network.eval().requires_grad_(False))
+
+
 # %% 6. Figures and main
-
-
-NAMES = {"em": "Euler–Maruyama", "reverse": "reverse diffusion",
-         "ancestral": "ancestral", "pc": "predictor–corrector", "rk45": "ODE, RK45",
-         "rk4": "ODE, RK4"}
 
 
 @torch.no_grad()
@@ -1043,13 +1185,29 @@ def process(cfg, score, sde, xT, calls=None):
         if cfg.denoise:
             yield 0.0, tweedie(score, sde, x, sde.eps)
         return
-    predictor = {"em": em_step, "ancestral": ancestral_step}.get(
-        name, reverse_diffusion_step)
     corrector_steps = cfg.corrector_steps if name == "pc" else 0
+    predictor = PREDICTORS[cfg.predictor if name == "pc" else name]
     if calls:
-        steps = max(1, steps // (1 + corrector_steps))
+        steps = max(1, calls // (corrector_steps + (predictor is not identity_step)))
     yield from sde_process(predictor, score, sde, xT, steps, cfg.denoise,
                            corrector_steps, cfg.snr)
+
+
+def make_methods(cfg, sde):
+    """{name: Config} of the samplers that are compared: Tab. 1, and the ODE."""
+    names = {"reverse": "reverse diffusion", "ancestral": "ancestral",
+             "flow": "probability flow"}
+    if "ancestral" not in sde.samplers:
+        del names["ancestral"]
+    alone = {"sampler": "pc", "corrector_steps": 0}
+    both = {"sampler": "pc", "corrector_steps": 1}
+    found = {"Euler–Maruyama": {"sampler": "em"}}
+    found |= {word: alone | {"predictor": name} for name, word in names.items()}
+    found |= {f"{word}, corrector": both | {"predictor": name}
+              for name, word in names.items()}
+    found |= {"corrector alone": both | {"predictor": "none"},
+              "ODE, RK45": {"sampler": "rk45"}, "ODE, RK4": {"sampler": "rk4"}}
+    return {name: replace(cfg, **how) for name, how in found.items()}
 
 
 @plotting.figure
@@ -1087,7 +1245,7 @@ def figure_loss(run, model, sde, data):
 @plotting.figure
 def figure_preview(run, model, sde, data, step):
     """preview.png: x0_hat of held-out x_t at a few t: one network call, no sampling."""
-    x0 = data.test[:6] if len(data.shape) == 3 else data.test[:1000]
+    x0 = data.test[:1000 if len(data.shape) == 1 else 6]
     generator = torch.Generator().manual_seed(0)  # training draws are left alone
     eps = torch.randn(x0.shape, generator=generator).to(x0.device)
     score, parts = score_fn(model, sde), [("held out", x0)]
@@ -1096,11 +1254,11 @@ def figure_preview(run, model, sde, data, step):
         xt = mean + std * eps
         parts += [(f"x_t, t = {t}", xt), ("x0_hat", tweedie(score, sde, xt, t))]
     title = f"What one network call recovers, step {step}"
-    if x0.ndim == 2:
-        plotting.panels(run.path("preview.png"), parts, title)
-    else:
+    if x0.ndim == 4:
         labels, rows = zip(*parts, strict=True)
         plotting.table(run.path("preview.png"), rows, title, labels)
+    else:
+        plotting.panels(run.path("preview.png"), parts, title)
 
 
 def shown(sde, x, t):
@@ -1124,20 +1282,73 @@ def figure_denoising(run, score, sde, states):
 def figure_samplers(run, cfg, model, score, sde, shape, scores):
     """samplers.png: one row a sampler, in about 200 network calls.
 
-    scores: {name: its row of evaluation_of_samplers}, empty without --evaluate. RK4 has
-    no row: it solves RK45's equation from RK45's noise, so both are one picture.
+    scores: {name: its row of measure_samplers}, empty without --evaluate. RK4 has no
+    row: it solves RK45's equation from RK45's noise, so both are one picture.
     """
     xT = sde.prior_sampling((10, *shape))
     rows, labels = [], []
-    for name in (name for name in sde.samplers if name != "rk4"):
+    for name, its_cfg in make_methods(cfg, sde).items():
+        if its_cfg.sampler == "rk4":
+            continue
         with Meter(model, run.device) as meter:
-            its_cfg = replace(cfg, sampler=name)
             rows.append(last(process(its_cfg, score, sde, xT, min(200, cfg.N))))
-        label = f"{NAMES[name]}\n{meter.calls} calls"
+        label = f"{name}\n{meter.calls} calls"
         if "legible" in scores.get(name, {}):
             label += f", {scores[name]['legible']:.0%} legible"
         labels.append(label)
     plotting.table(run.path("samplers.png"), rows, "Ten draws by each sampler", labels)
+
+
+def measure_samplers(run, cfg, model, sde, data, states):
+    """{name: scores} of every sampler, kept in metrics.json; table1.png: [SDE] Tab. 1.
+
+    200 network calls each; of reverse diffusion with the corrector by r, of RK45 by its
+    tolerance as well.
+    """
+    found = {"samplers": make_methods(cfg, sde), "r": {}, "tolerance": {}}
+    for r in (0.01, 0.04, 0.08, 0.16, 0.32):
+        found["r"][r] = replace(cfg, sampler="pc", predictor="reverse",
+                                corrector_steps=1, snr=r)
+    for tolerance in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
+        found["tolerance"][tolerance] = replace(cfg, sampler="rk45",
+                                                tolerance=tolerance)
+    for by, configs in found.items():
+        for name, its_cfg in configs.items():
+            draw = partial(states, cfg=its_cfg, calls=200)
+            found[by][name] = run.quality(draw, model, 200, data)
+            run.add_metrics(**{f"evaluation_by_{by}": {
+                key: row for key, row in found[by].items() if isinstance(row, dict)}})
+    figure_table(run.path("table1.png"), found)
+    return found["samplers"]
+
+
+@plotting.figure
+def figure_table(path, found):
+    """table1.png: predictors, with and without the corrector; r; RK45's tolerance.
+
+    found: {"samplers", "r", "tolerance": {name: scores}}, as measure_samplers keeps.
+    """
+    key = "frechet_distance"
+    distance = {name: row[key] for name, row in found["samplers"].items()}
+    both = {name: value for name, value in distance.items() if "corrector" in name}
+    alone = {name.removesuffix(", corrector"): 0 for name in both}
+    alone = {name: distance[name] for name in alone if name not in both}
+    top = 1.15 * max([*both.values(), *alone.values()])
+    parts = [{"bars": ([name.removesuffix(", corrector").replace(" ", "\n")
+                        for name in rows], list(rows.values())),
+              "title": title, "yscale": "log", "ylim": (1, 3 * top)}
+             for title, rows in (("predictor alone", alone), ("with a corrector", both))]
+    r, tolerance = found["r"], found["tolerance"]
+    parts += [
+        {"lines": {"_": (list(r), [row[key] for row in r.values()], "o-")},
+         "xlabel": "r", "xscale": "log", "ylim": (0, None),
+         "title": "reverse diffusion, corrector"},
+        {"lines": {"_": ([row["network_calls"] for row in tolerance.values()],
+                         [row[key] for row in tolerance.values()], "o-")},
+         "xlabel": "network calls", "ylim": (0, None),
+         "title": f"ODE, RK45, tolerance {max(tolerance):g} to {min(tolerance):g}"}]
+    parts[0]["ylabel"] = "Fréchet distance in features"
+    plotting.curves(path, parts, f"{found['r'][0.16]['n']} samples a point")
 
 
 @plotting.figure
@@ -1158,39 +1369,73 @@ def figure_guardrails(run, cfg, model, sde, shape):
                    f"Euler–Maruyama in {few.N} steps, one noise a column", labels)
 
 
-def make_masks(H, W):
-    """{name: (1, H, W) bool}: where a picture is known that inpaint completes."""
-    row, column = torch.arange(H).view(1, H, 1), torch.arange(W).view(1, 1, W)
-    box = ((row - H / 2 + 0.5).abs() < H / 4) & ((column - W / 2 + 0.5).abs() < W / 4)
-    half = (column < W / 2).expand(1, H, W)
-    some = torch.rand(1, H, W) < 0.3
-    return {"box": ~box, "half": half, "pixels": some, "border": box}
-
-
 @plotting.figure
-def figure_inpainting(run, cfg, score, sde, data):
-    """inpainting.png: held-out pictures, what is known of them, completions, truth."""
-    kinds = make_masks(*data.shape[1:])
-    x = data.test[:2 * len(kinds)]
-    names = [name for name in kinds for _ in range(2)][:len(x)]
-    mask = torch.stack([kinds[name] for name in names]).to(x.device)
-    how = {"corrector_steps": 1, "snr": cfg.snr, "denoise": cfg.denoise}
-    completed = [inpaint(score, sde, x, mask, min(100, cfg.N), **how) for _ in range(3)]
+def figure_inpainting(run, cfg, score, sde, data, image=None, mask=None):
+    """inpainting.png: pictures, what is known of them, three completions, the truth.
+
+    image, mask: a person's own, or None: held-out pictures, masks of several kinds.
+    """
+    kinds = {"": mask} if mask is not None else make_masks(*data.shape[1:])
+    times = 2 if image is None else 1
+    names = [name for name in kinds for _ in range(times)]
+    x = data.test[:len(names)] if image is None else image.expand(len(names), -1, -1, -1)
+    mask = torch.cat([kinds[name] for name in names[:len(x)]]).to(x.device)
+    completed = [complete(cfg, score, sde, x, mask) for _ in range(3)]
     plotting.table(run.path("inpainting.png"),
                    [torch.where(mask, x, torch.zeros_like(x)), *completed, x],
                    "What is known, three completions, the truth (App. I.2)",
                    ["known", "completed", "again", "again", "truth"], names)
+    if image is not None:
+        for i, pictures in enumerate(completed, 1):
+            plotting.picture(run.path(f"completed_{i}.png"), pictures[0])
+
+
+def complete(cfg, score, sde, x, mask):
+    """Completions of x: (B, ...) where mask is False, by the settings of cfg."""
+    return inpaint(score, sde, x, mask, cfg.inpaint_N, PREDICTORS[cfg.predictor],
+                   denoise=cfg.denoise, corrector_steps=cfg.inpaint_corrector,
+                   snr=cfg.inpaint_snr)
+
+
+def measure_completions(run, cfg, score, sde, data):
+    """The share of completions of held-out pictures that is legible, by mask."""
+    x, found = data.test[:min(100, run.opts.evaluate)], {}
+    for name, mask in make_masks(*data.shape[1:]).items():
+        completed = complete(cfg, score, sde, x, mask.to(x.device))
+        found[name] = metrics.glance(completed, data)
+    run.add_metrics(completions=found | {"held_out": metrics.glance(x, data)})
 
 
 @plotting.figure
 def figure_colorization(run, cfg, score, sde, data):
     """colorization.png: grey, colourings, the truth; of pictures in colour."""
-    x, how = data.test[:8], {"corrector_steps": 1, "snr": cfg.snr}
+    x, how = data.test[:8], {"corrector_steps": cfg.inpaint_corrector,
+                             "snr": cfg.inpaint_snr, "denoise": cfg.denoise}
     grey = x.mean(1, keepdim=True)
-    drawn = [colorize(score, sde, grey, min(100, cfg.N), **how) for _ in range(3)]
+    drawn = [colorize(score, sde, grey, cfg.inpaint_N, **how) for _ in range(3)]
     plotting.table(run.path("colorization.png"), [grey, *drawn, x],
                    "Grey, three colourings, the truth (App. I.3)",
                    ["grey", "coloured", "again", "again", "truth"])
+
+
+@plotting.figure
+def figure_classes(run, cfg, score, sde, data, classifier, labels):
+    """classes.png: the labels asked for, by every sampler with [SDE] Eq. 49."""
+    n, rows, names, found = run.opts.evaluate or 5 * len(labels), [], [], {}
+    y = torch.tensor(labels, device=run.device).repeat(n)[:n]
+    for name, its_cfg in make_methods(cfg, sde).items():
+        x = torch.cat([
+            last(process(its_cfg, conditional_score(score, classifier, part), sde,
+                         sde.prior_sampling((len(part), *data.shape)), min(200, cfg.N)))
+            for part in y.split(100)])
+        found[name] = metrics.glance(x, data, y)
+        rows.append(x[:len(labels)])
+        as_asked = found[name].get("accuracy")
+        names.append(name if as_asked is None else
+                     f"{name}\n{as_asked:.0%} of {n} as asked")
+    plotting.table(run.path("classes.png"), rows, "By class (Eq. 49)", names,
+                   [data.classes[c] for c in labels])
+    run.add_metrics(classes=found)
 
 
 @plotting.figure
@@ -1271,13 +1516,12 @@ def figure_paths(run, sde, steps=500):
 
 
 @plotting.figure
-def figure_walk(run, score, sde, steps=400):
-    """denoising.gif: points on their way by the reverse SDE."""
-    xT = sde.prior_sampling((2000, 2))
-    frames = plotting.evenly(list(sde_process(em_step, score, sde, xT, steps)), 41)
-    plotting.points_gif(
-        run.path("denoising.gif"), [shown(sde, x, t) for t, x in frames],
-        [f"t = {t:.2f}" for t, _ in frames])
+def figure_walk(run, score, sde, shape, steps=400):
+    """denoising.gif: points or series on their way by the reverse SDE."""
+    states = sde_process(em_step, score, sde, sde.prior_sampling(shape), steps)
+    frames = plotting.evenly(list(states), 41)
+    plotting.film(run.path("denoising.gif"), [shown(sde, x, t) for t, x in frames],
+                  [f"t = {t:.2f}" for t, _ in frames])
 
 
 @plotting.figure
@@ -1294,6 +1538,65 @@ def figure_density(run, cfg, score, sde, data, side=70, limit=2.1):
     run.add_metrics(density={
         "sums_to": model.sum().item() * cell,
         "total_variation": (model - true).abs().sum().item() * cell / 2})
+
+
+def futures(cfg, score, sde, x, known, n):
+    """n completions of each series where known is False: (B, 1, L) -> (n, B, 1, L)."""
+    times = n, 1, 1
+    completed = complete(cfg, score, sde, x.repeat(times), known.repeat(times))
+    return completed.view(n, *x.shape)
+
+
+def unknown_parts(cfg, length):
+    """{name: (1, 1, L) bool, what is known}: the last values missing, or a gap."""
+    t = torch.arange(length).view(1, 1, length)
+    horizon = cfg.forecast or max(1, length // 4)
+    start = (length - horizon) // 2
+    return {"forecast": t < length - horizon,
+            "gap": (t < start) | (t >= start + horizon)}
+
+
+@plotting.figure
+def figure_forecast(run, cfg, score, sde, data):
+    """forecast.png: fans of futures and of fillings over the truth, held-out series.
+
+    How often the truth lies in the bands from the 10th to the 90th percentile is kept
+    in metrics.json.
+    """
+    levels = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], device=run.device)
+    x, parts, found = data.test[:16], [], {}
+    for name, known in unknown_parts(cfg, data.shape[1]).items():
+        known = known.to(x.device).expand_as(x)
+        bands = futures(cfg, score, sde, x, known, 32).quantile(levels, dim=0)
+        inside = (bands[0] <= x) & (x <= bands[-1])
+        found[name] = inside[~known].float().mean().item()
+        parts += [(f"{name}, held out {i + 1}", data.restore(x[i, 0]), known[i, 0],
+                   data.restore(bands[:, i, 0])) for i in range(min(3, len(x)))]
+    plotting.fans(run.path("forecast.png"), parts,
+                  "The truth, and 50 % and 80 % bands of 32 completions (App. I.2)")
+    run.add_metrics(bands_of_80_percent_hold=found | {"series": len(x)})
+
+
+@plotting.figure
+def figure_series(run, data, samples):
+    """series.png: spectrum and autocorrelation of samples and of the data."""
+    both = {"samples": (samples, "-"), "data": (data.train, "k--")}
+    spectra, correlations = {}, {}
+    for name, (x, style) in both.items():
+        power, correlation = metrics.spectrum(x), metrics.autocorrelation(x)
+        spectra[name] = range(len(power)), power, style
+        correlations[f"_{name}"] = range(len(correlation)), correlation, style
+    plotting.curves(run.path("series.png"), [
+        {"lines": spectra, "xlabel": "cycles a series", "yscale": "log",
+         "title": "power spectrum, the mean over series"},
+        {"lines": correlations, "xlabel": "lag", "title": "autocorrelation"}])
+    half = len(data.train) // 2
+    splits = [data.train[torch.randperm(2 * half)].split(half) for _ in range(10)]
+    run.add_metrics(samples={
+        "n": len(samples),
+        "spectral_distance_db": metrics.spectral_distance(samples, data.train),
+        "spectral_distance_db_of_halves": float(np.mean(
+            [metrics.spectral_distance(a, b) for a, b in splits]))})
 
 
 def measure_points(run, cfg, score, sde, data, samples):
@@ -1328,24 +1631,51 @@ def measure_bits(run, cfg, model, sde, data):
 
 def check_data(run, cfg, sde, data):
     """ValueError where cfg asks for what this data or this SDE does not have."""
-    points = len(data.shape) == 1
+    kind = {1: "points", 2: "series", 3: "images"}[len(data.shape)]
+    only = {"flip": "images", "dequantize": "images", "image_size": "images",
+            "image": "images", "mask": "images", "classes": "images",
+            "forecast": "series"}
+    for name, owner in only.items():
+        if kind != owner and run.opts.given.get(name):
+            raise ValueError(f"{name}: --dataset {cfg.dataset} holds no {owner}")
     if cfg.sampler not in sde.samplers:
         raise ValueError(f"sampler {cfg.sampler}: must be one of "
                          f"{', '.join(sde.samplers)} with --sde {cfg.sde}")
-    for name in ("flip", "dequantize", "image_size"):
-        if points and run.opts.given.get(name):
-            raise ValueError(f"{name}: --dataset {cfg.dataset} holds no images")
-    if run.opts.given.get("likelihood") and not points and not is_8bit(data.test):
+    if cfg.predictor == "ancestral" and "ancestral" not in sde.samplers:
+        raise ValueError("predictor ancestral: must be reverse, flow or none with "
+                         f"--sde {cfg.sde}")
+    if cfg.predictor == "none" and not cfg.corrector_steps:
+        raise ValueError("corrector_steps 0: must be >= 1 with --predictor none")
+    if kind == "series" and cfg.forecast >= data.shape[1]:
+        raise ValueError(f"forecast {cfg.forecast}: must be below {data.shape[1]}, the "
+                         "length of the series")
+    for c in cfg.classes:
+        if data.train_labels is None:
+            raise ValueError(f"classes {c}: --dataset {cfg.dataset} has no labels")
+        if c not in data.classes:
+            raise ValueError(f"classes {c}: must be of {', '.join(data.classes[:20])}")
+    if run.opts.given.get("likelihood") and kind != "points" and not is_8bit(data.test):
         raise ValueError(f"likelihood {cfg.likelihood}: --dataset {cfg.dataset} at "
                          "this size must be 8-bit images or points")
+    if kind == "images":
+        read_question(cfg.image, cfg.mask, data.shape)
 
 
 def show_points(run, cfg, score, sde, data, samples):
     """The figures and numbers of points in the plane."""
     figure_fields(run, score, sde, data)
-    figure_walk(run, score, sde)
+    figure_walk(run, score, sde, (2000, 2))
     figure_density(run, cfg, score, sde, data)
     measure_points(run, cfg, score, sde, data, samples)
+
+
+def show_series(run, cfg, score, sde, data, samples):
+    """The figures and numbers of series, and the samples as a table."""
+    table = data.restore(samples)[:, 0].cpu().numpy()
+    np.savetxt(run.path("samples.csv"), table, "%.6g", ",")
+    figure_walk(run, score, sde, (6, *data.shape))
+    figure_series(run, data, samples)
+    figure_forecast(run, cfg, score, sde, data)
 
 
 def show_images(run, cfg, model, score, sde, data, samples, states):
@@ -1355,16 +1685,20 @@ def show_images(run, cfg, model, score, sde, data, samples, states):
     figure_denoising(run, score, sde, states(range(8)))
     figure_guardrails(run, cfg, model, sde, data.shape)
     figure_codes(run, cfg, score, sde, data)
-    figure_inpainting(run, cfg, score, sde, data)
+    figure_inpainting(run, cfg, score, sde, data,
+                      *read_question(cfg.image, cfg.mask, data.shape))
     if data.shape[0] == 3:
         figure_colorization(run, cfg, score, sde, data)
+    if cfg.classes:
+        labels = [data.classes.index(c) for c in cfg.classes]
+        classifier = train_classifier(cfg, run, sde, data)
+        figure_classes(run, cfg, score, sde, data, classifier, labels)
     measure_bits(run, cfg, model, sde, data)
     run.evaluate(states, model, cfg.N, data)
     scores = {}
-    for name in sde.samplers if run.opts.evaluate else ():
-        draw = partial(states, cfg=replace(cfg, sampler=name), calls=200)
-        scores[name] = run.quality(draw, model, 200, data)
-        run.add_metrics(evaluation_of_samplers=scores)
+    if run.opts.evaluate:
+        measure_completions(run, cfg, score, sde, data)
+        scores = measure_samplers(run, cfg, model, sde, data, states)
     figure_samplers(run, cfg, model, score, sde, data.shape, scores)
 
 
@@ -1373,7 +1707,7 @@ def main(argv=None):
     """Train, or load what was trained; draw; measure."""
     cfg, run = open_run("score_based", Config, PRESETS, argv)
     data = run.load(load_data(cfg.dataset, cfg.image_size))
-    sde, points = make_sde(cfg).to(run.device), cfg.dataset in POINTS
+    sde, kind = make_sde(cfg).to(run.device), len(data.shape)
     check_data(run, cfg, sde, data)
     if run.sampling:
         model = run.trained(make_network(cfg, data.shape))
@@ -1381,22 +1715,26 @@ def main(argv=None):
         model = train(cfg, run, data)
     if not run.main:
         return
+    if kind == 2:
+        data = data.rescale(model.offset.item(), model.unit.item())
 
-    score = score_fn(model, sde, cfg.std_floor, cfg.clip_x0 and not points)
+    score = score_fn(model, sde, cfg.std_floor, cfg.clip_x0 and kind == 3)
 
     def states(batch, cfg=cfg, calls=None):
         xT = sde.prior_sampling((len(batch), *data.shape))
         return process(cfg, score, sde, cfg.temperature * xT, calls)
 
-    n, size = (100 * cfg.n_samples, 10_000) if points else (cfg.n_samples, 100)
-    samples, timing = run.draw(n, states, model, cfg.N, size)
+    times, size = {1: (100, 10_000), 2: (5, 1000), 3: (1, 100)}[kind]
+    samples, timing = run.draw(times * cfg.n_samples, states, model, cfg.N, size)
     run.add_metrics(sampling=timing | {"sampler": cfg.sampler})
     plotting.samples(run.path("samples.png"), samples, data, "Drawn from noise")
     figure_sdes(run, cfg)
     figure_paths(run, sde)
     figure_loss(run, model, sde, data)
-    if points:
+    if kind == 1:
         show_points(run, cfg, score, sde, data, samples)
+    elif kind == 2:
+        show_series(run, cfg, score, sde, data, samples)
     else:
         show_images(run, cfg, model, score, sde, data, samples, states)
     run.finish()

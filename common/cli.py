@@ -296,8 +296,9 @@ def parse_args(Config, presets, argv=None):
     opts = argparse.Namespace(**{k: v for k, v in given.items() if k not in names})
     opts.given = {k: tuple(v) if isinstance(v, list) else v
                   for k, v in given.items() if k in names}
-    if opts.preset is None and opts.given.get("dataset") in presets:
-        opts.preset = opts.given["dataset"]
+    kind = opts.given.get("dataset", "").partition(":")[0]
+    if opts.preset is None and kind in presets:
+        opts.preset = kind
     if opts.preset is not None and opts.preset not in presets:
         fail(f"--preset {opts.preset}: must be one of {', '.join(presets)}")
     if opts.amp not in ("off", "bf16", "fp16"):

@@ -69,6 +69,61 @@ def _tell(path, what, files):
         say(f"folder:{path}: {what} ({len(files)}): {names}{more}")
 
 
+def read_question(image, mask, shape):
+    """A person's picture, (1, C, H, W) in [-1, 1], and what of it is known, or Nones.
+
+    image, mask: files, "" for none; shape: (C, H, W), to which both are resized and
+    cropped. The mask, (1, 1, H, W) bool, is as large as the picture, or as H and W, and
+    known where it is white. A mistake ends the program with one line.
+    """
+    from PIL import Image, ImageOps
+
+    C, H, W = shape
+    x = known = None
+    size = W, H
+    if image:
+        try:
+            with Image.open(os.path.expanduser(image)) as opened:
+                size = ImageOps.exif_transpose(opened).size
+            pixels = _picture(os.path.expanduser(image), W)
+        except Exception as problem:  # Pillow's decoders let out errors of many kinds
+            fail(f"--image {image}: cannot be read as a picture ({_reason(problem)})")
+        x = pixels[None].float() / 127.5 - 1
+        x = x if C == 3 else x.mean(1, keepdim=True)
+    if mask:
+        try:
+            with Image.open(os.path.expanduser(mask)) as opened:
+                white = opened.convert("L")
+        except Exception as problem:
+            fail(f"--mask {mask}: cannot be read as a picture ({_reason(problem)})")
+        if white.size != size:
+            fail(f"--mask {mask}: is {white.width} x {white.height} pixels, must be "
+                 f"{size[0]} x {size[1]} like the picture")
+        white = ImageOps.fit(white, (W, H), Image.NEAREST)
+        known = torch.from_numpy(np.array(white) >= 128)[None, None]
+        if known.all():
+            fail(f"--mask {mask}: is white all over, all is known and nothing is left "
+                 "to complete; it must be black somewhere")
+        if not known.any():
+            fail(f"--mask {mask}: is black all over, nothing is known; it must be white "
+                 "somewhere (samples.png shows pictures of nothing known)")
+    return x, known
+
+
+def make_masks(H, W):
+    """{name: (1, 1, H, W) bool}: where a picture is known that is to be completed."""
+    row, column = torch.arange(H).view(1, 1, H, 1), torch.arange(W).view(1, 1, 1, W)
+    box = ((row - H / 2 + 0.5).abs() < H / 4) & ((column - W / 2 + 0.5).abs() < W / 4)
+    half = (column < W / 2).expand(1, 1, H, W)
+    some = torch.rand(1, 1, H, W) < 0.3
+    return {"box": ~box, "half": half, "pixels": some, "border": box}
+
+
+def _reason(problem):
+    """Why a file could not be read, on one line."""
+    return getattr(problem, "strerror", None) or str(problem).split("\n")[0]
+
+
 def _picture(file, size):
     """A picture file as uint8 (3, size, size); errors as Pillow raises them."""
     from PIL import Image, ImageOps

@@ -73,13 +73,13 @@ def _write_gif(path, pictures, hold, milliseconds):
         file, "gif", save_all=True, append_images=rest, duration=milliseconds, loop=0))
 
 
-def _axes(n, width, height, **options):
-    """A figure of so many inches, and its n axes side by side."""
+def _axes(n, width, height, rows=1, **options):
+    """A figure of so many inches, and its n axes side by side, in one row or more."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     sheet = Figure(figsize=(width, height))
     FigureCanvasAgg(sheet)
-    return sheet, sheet.subplots(1, n, squeeze=False, **options)[0]
+    return sheet, sheet.subplots(rows, n, squeeze=False, **options).ravel()
 
 
 def _finish(sheet, path, title=""):
@@ -141,17 +141,24 @@ def grid(path, x, columns, title):
 
 
 @figure
+def picture(path, x):
+    """One image (C, H, W), pixel for pixel."""
+    from PIL import Image
+    pixels = (to_rgb(x[None])[0].permute(1, 2, 0).numpy() * 255).round()
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    _write(path, lambda file, _: picture.save(file, "png"))
+
+
+@figure
 def panels(path, parts, title, columns=None, limit=2.3):
-    """Grids of images, or clouds of points, side by side; parts: (subtitle, tensor)."""
-    points = parts[0][1].ndim == 2
+    """Grids of images, points or series, side by side; parts: (subtitle, tensor)."""
+    points = parts[0][1].ndim < 4
     width = min(4.4, 16 / len(parts))
     height = width + (0.6 if points else 0.8)
     sheet, axes = _axes(len(parts), width * len(parts), height)
     for axis, (subtitle, x) in zip(axes, parts, strict=True):
         if points:
-            axis.scatter(*to_numpy(x).T, s=2, alpha=0.4)
-            axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal",
-                     xticks=[], yticks=[])
+            _draw(axis, x, limit)
         else:
             axis.imshow(tile(x, columns or square(len(x))), interpolation="nearest")
             axis.axis("off")
@@ -161,9 +168,9 @@ def panels(path, parts, title, columns=None, limit=2.3):
 
 @figure
 def samples(path, drawn, data, title, how="samples"):
-    """What was drawn beside held-out data: at most 64 images, or 5,000 points, each."""
-    n = min(5000 if drawn.ndim == 2 else 64, len(drawn))
-    columns = None if drawn.ndim == 2 else square(n)
+    """Drawn beside held-out data: at most 64 images, 5,000 points or 8 series each."""
+    n = min({2: 5000, 3: 8, 4: 64}[drawn.ndim], len(drawn))
+    columns = square(n)
     panels(path, [(how, drawn[:n]), ("real, held out", data.test[:n])], title, columns)
 
 
@@ -357,19 +364,53 @@ def densities(path, parts, title, limit):
 
 
 @figure
-def points_gif(path, frames, captions, limit=2.3, hold=12, milliseconds=80):
-    """An animated GIF of a cloud of points, one caption a frame; the last is held."""
+def film(path, frames, captions, limit=2.3, hold=12, milliseconds=80):
+    """An animated GIF of points or series, one caption a frame; the last is held."""
     from PIL import Image
     sheet, [axis] = _axes(1, 4.2, 4.4)
     sheet.set_dpi(80)
-    dots = axis.scatter(*to_numpy(frames[0]).T, s=2, alpha=0.5)
-    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal",
-             xticks=[], yticks=[])
     pictures = []
     for x, caption in zip(frames, captions, strict=True):
-        dots.set_offsets(to_numpy(x))
+        axis.clear()
+        _draw(axis, x, limit)
         axis.set_title(caption)
         sheet.canvas.draw()
         picture = Image.fromarray(np.array(sheet.canvas.buffer_rgba()))
         pictures.append(picture.convert("RGB"))
     _write_gif(path, pictures, hold, milliseconds)
+
+
+def _draw(axis, x, limit=2.3):
+    """Points (N, 2), or at most eight series (N, 1, L), one below the other."""
+    x = to_numpy(x)
+    if x.ndim == 2:
+        axis.scatter(*x.T, s=2, alpha=0.4)
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    else:
+        for i, series in enumerate(x[:8, 0]):
+            axis.plot(series / 6 - i, lw=1)
+        axis.set_ylim(-len(x[:8]), 1)
+    axis.set(xticks=[], yticks=[])
+
+
+@figure
+def fans(path, parts, title):
+    """Series and bands around what is not known of them, three in a row.
+
+    parts: (subtitle, truth (L,), known (L,) bool, quantiles (Q, L), Q odd).
+    """
+    rows = -(-len(parts) // 3)
+    sheet, axes = _axes(min(3, len(parts)), 13, 2.6 * rows, rows)
+    for axis, (subtitle, truth, known, quantiles) in zip(axes, parts, strict=False):
+        truth, known, quantiles = map(to_numpy, (truth, known, quantiles))
+        first = np.flatnonzero(~known)[0]
+        where = np.flatnonzero(~known)
+        for i in range(len(quantiles) // 2):
+            axis.fill_between(where, quantiles[i, where], quantiles[-1 - i, where],
+                              color="C0", alpha=0.25, lw=0)
+        axis.plot(where, quantiles[len(quantiles) // 2, where], "C0", label="median")
+        axis.plot(truth, "k", lw=0.8, label="truth")
+        axis.axvline(first, color="0.7", ls=":")
+        axis.set_title(subtitle)
+    axes[0].legend(frameon=False)
+    _finish(sheet, path, title)

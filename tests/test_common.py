@@ -115,24 +115,28 @@ def test_points_are_centred_and_of_about_unit_size(name):
     assert torch.equal(found.train, data.load_points(name, n=4000).train)
 
 
-def test_series(tmp_path):
-    sines = data.load_series("sines", n=100, length=32)
-    assert sines.train.shape == (90, 1, 32) and sines.test.shape == (10, 1, 32)
-    assert sines.train.abs().max() <= 1
-    table = np.arange(40.0).reshape(10, 4)
-    np.savetxt(tmp_path / "mine.csv", table, delimiter=",")
-    mine = data.load_series(f"csv:{tmp_path / 'mine.csv'}")
-    assert mine.train.shape == (9, 1, 4) and mine.test.shape == (1, 1, 4)
-    assert_close(torch.cat([mine.test, mine.train])[:, 0].double(),
-                 torch.from_numpy(table / 39 * 2 - 1), rtol=0, atol=1e-6)
+def test_the_spectrum_of_a_wave_is_one_line_and_that_of_noise_is_flat():
+    t = torch.arange(64) / 64
+    waves = torch.sin(2 * torch.pi * (5 * t + torch.rand(10, 1)))[:, None]
+    power = metrics.spectrum(waves)
+    assert power.shape == (33,)
+    assert_close(power, torch.zeros(33).index_fill(0, torch.tensor(5), 16.0), rtol=1e-4, atol=1e-4)
+    assert_close(metrics.spectrum(torch.randn(4000, 1, 64)), torch.ones(33), rtol=0.1, atol=0)
 
 
-@pytest.mark.parametrize("text", ["1,2\n3", "a,b\nc,d", "", "1,2\n3,nan"])
-def test_bad_csv_ends_with_one_line(tmp_path, text, capsys):
-    (tmp_path / "bad.csv").write_text(text)
-    with pytest.raises(SystemExit) as stop:
-        data.load_series(f"csv:{tmp_path / 'bad.csv'}")
-    assert stop.value.code == 2 and "bad.csv" in capsys.readouterr().err
+def test_autocorrelation_is_that_of_its_definition():
+    x = torch.randn(6, 1, 9).cumsum(2)
+    wanted = torch.zeros(6, 5)
+    for i, series in enumerate(x[:, 0] - x[:, 0].mean(1, keepdim=True)):
+        for lag in range(5):
+            wanted[i, lag] = (series[:9 - lag] * series[lag:]).sum() / (series**2).sum()
+    assert_close(metrics.autocorrelation(x), wanted.mean(0))
+
+
+def test_the_spectral_distance_is_in_decibels():
+    x = torch.randn(50, 1, 32)
+    assert metrics.spectral_distance(x, x) == 0
+    assert metrics.spectral_distance(x, 2 * x) == pytest.approx(20 * np.log10(2), rel=1e-4)
 
 
 @pytest.mark.parametrize("name, kind", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"),

@@ -7,14 +7,17 @@ import sys
 import urllib.error
 import warnings
 import zlib
+from pathlib import Path
 
 from common import cli, data, pictures
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment
 from PIL import Image
+from torch.testing import assert_close
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -358,10 +361,10 @@ def test_small_sizes_of_bundled_pictures(size):
     (data.load_images, "Folder:/pictures", ["the nearest is folder:PATH"]),
     (data.load_images, "two_moons", ["points in the plane", "score_based_diffusion_example.py"]),
     (data.load_images, "moons", ["two_moons", "score_based_diffusion_example.py"]),
-    (data.load_images, "sines", ["not read here"]),
-    (data.load_images, "csv:a.csv", ["csv:PATH", "not read here"]),
+    (data.load_images, "sines", ["series, which score_based_diffusion_example.py takes"]),
+    (data.load_images, "csv:a.csv", ["csv:PATH, series, which score_based_diffusion_example.py takes"]),
     (data.load_data, "moons", ["the nearest is two_moons", "gaussians", "digits", "folder:PATH"]),
-    (data.load_data, "sines", ["not read here"]),
+    (data.load_data, "sine", ["the nearest is sines"]),
     (data.load_points, "Two-Moons", ["the nearest is two_moons"]),
     (data.load_points, "digits", ["not read here"]),
     (data.load_series, "sine", ["the nearest is sines"]),
@@ -486,9 +489,13 @@ def test_a_data_folder_that_cannot_be_written(name, tmp_path, offline, monkeypat
 
 
 @pytest.mark.parametrize("text, word", [
-    ("a,b\n1,2\n3,4", "header"), ("", "2 rows"), ("\n\n", "2 rows"), ("1,2\n3", "row"),
-    ("1,2", "2 rows"), ("1,2\n3,inf", "finite"), ("1,2\n3,nan", "finite"),
-    ("-1e308,0\n1e308,0", "finite"), ("1;2\n3;4", "numbers"), ("\x00\xff", "numbers")])
+    ("", "0 series of 0 numbers"), ("\n \n", "0 series"), ("a,b\n", "0 series"),
+    ("1,2", "1 series of 2 numbers"), ("1\n2\n3", "3 series of 1 numbers"),
+    ("1,2\n3", "row 2 has 1 numbers, must have 2"), ("h,i\n1,2\n\n3,4,5", "row 4 has 3 numbers, must have 2"),
+    ("1,2\n3,inf", "row 2, number 2 is 'inf'"), ("1,2\nnan,3", "row 2, number 1 is 'nan'"),
+    ("1,2\n3,", "row 2, number 2 is ''"), ("1,2\n3,4\nx,5", "row 3, number 1 is 'x'"),
+    ("day,1\n1,2\n3,4", "row 1, number 1 is 'day'"), ("-1e308,0\n1e308,0", "row 1, number 1 is '-1e308'"),
+    ("\x00\xff", "cannot be read")])
 def test_a_csv_that_is_no_table(tmp_path, text, word, capsys):
     (tmp_path / "a.csv").write_text(text, encoding="latin-1")
     with warnings.catch_warnings():
@@ -504,7 +511,141 @@ def test_a_csv_that_cannot_be_opened(tmp_path, path, capsys):
 
 def test_a_csv_of_one_value(tmp_path):
     (tmp_path / "a.csv").write_text("5,5\n5,5\n")
-    assert (data.load_series(f"csv:{tmp_path / 'a.csv'}").train == -1).all()
+    found = data.load_series(f"csv:{tmp_path / 'a.csv'}")
+    assert (found.train == 0).all() and (found.restore(found.train) == 5).all()
+
+
+@pytest.mark.parametrize("text", [
+    "1,2,3\n4,5,6\n", "a,b,c\n1,2,3\n4,5,6", '"x 1";"x 2";"x 3"\r\n"1";2;3\r\n\r\n4;5;"6"\r\n', "1\t2\t3\n4\t5\t6\n",
+    "\ufeff1,2,3\n4, 5 ,6e0\n", '"a, or b",c,d\n1,2,3\n4,5,6'])
+def test_a_csv_is_read_as_people_write_it(text, tmp_path):
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    found = data.read_csv("csv:a.csv", tmp_path / "a.csv")
+    assert found.tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_a_row_of_zeros_is_no_header(tmp_path):
+    (tmp_path / "a.csv").write_text("0,0\n1,2\n")
+    assert data.read_csv("csv:a.csv", tmp_path / "a.csv").tolist() == [[0, 0], [1, 2]]
+
+
+def test_series_are_scaled_by_their_training_part_and_scaled_back(tmp_path):
+    table = 30 + 5 * np.random.default_rng(1).normal(size=(40, 6))
+    np.savetxt(tmp_path / "a.csv", table, delimiter=",")
+    found = data.load_data(f"csv:{tmp_path / 'a.csv'}")
+    assert found.train.shape == (36, 1, 6) and found.test.shape == (4, 1, 6)
+    assert abs(found.train.mean()) < 1e-5 and abs(found.train.std(correction=0) - 1) < 1e-5
+    assert abs(found.test.mean()) > 1e-5
+    rows = torch.cat([found.restore(found.train), found.restore(found.test)])[:, 0].double().numpy()
+    assert_close(np.sort(rows, 0), np.sort(table, 0), rtol=1e-5, atol=1e-4)
+    other = found.rescale(10.0, 2.0)
+    assert_close(other.train, (found.restore(found.train) - 10) / 2, rtol=1e-4, atol=1e-4)
+    assert_close(other.restore(other.test), found.restore(found.test), rtol=1e-5, atol=1e-4)
+    moved = other.to("cpu")
+    assert (moved.offset, moved.unit, moved.name) == (10.0, 2.0, found.name)
+
+
+def test_sines_are_one_wave_each_under_noise():
+    found = data.load_series("sines")
+    assert found.train.shape == (1000, 1, 128) and found.test.shape == (250, 1, 128)
+    assert torch.equal(found.train, data.load_series("sines").train)
+    assert not torch.equal(found.train, data.load_series("sines", seed=1).train)
+    x = found.restore(torch.cat([found.train, found.test]))[:, 0].double().numpy()
+    grid, rest = np.linspace(0, 1, 128), []
+    for series in x[:40]:  # the best wave of any frequency leaves noise of 0.1
+        def left(f, series=series):
+            waves = np.stack([np.sin(2 * np.pi * f * grid), np.cos(2 * np.pi * f * grid)], 1)
+            return series - waves @ np.linalg.lstsq(waves, series, rcond=None)[0]
+        best = min(np.linspace(2, 8, 241), key=lambda f: left(f).std())
+        rest.append(left(best).std())
+    assert np.mean(rest) == pytest.approx(0.1, abs=0.006)
+
+
+def test_windows_of_the_recording_are_held_out_whole(monkeypatch, capsys):
+    found = data.load_series("membrane")
+    assert found.shape == (1, 128) and len(found.train) > 2000 and len(found.test) > 400
+    assert torch.equal(found.train[1, 0, :-1], found.train[0, 0, 1:])
+    potential = found.restore(found.train)
+    assert -0.7 < potential.min() < -0.4 and -0.1 < potential.max() < 0.1
+    recorded = np.fromfile(Path(matplotlib.get_data_path()) / "sample_data" / "membrane.dat", np.float32)
+    recorded = torch.from_numpy(recorded[1000::4].copy())
+    seen = len(found.train) + 127  # values of the recording before the first that is held out
+    wanted = recorded[seen:].unfold(0, 128, 1)
+    held_out = found.restore(found.test[:, 0])
+    assert_close(held_out.sort(0).values, wanted.sort(0).values, rtol=1e-4, atol=1e-4)
+    assert (held_out - wanted).abs().max() > 0.1  # shuffled
+    monkeypatch.setattr(matplotlib, "get_data_path", lambda: "/nowhere")
+    assert "/nowhere" in refused(capsys, data.load_series, "membrane")
+
+
+# A person's own picture and mask
+
+
+def ask(tmp_path, picture=None, mask=None, shape=(1, 4, 6)):
+    """read_question of pixel arrays, written as files."""
+    names = []
+    for name, pixels in (("picture.png", picture), ("mask.png", mask)):
+        if pixels is not None:
+            Image.fromarray(np.asarray(pixels, np.uint8)).save(tmp_path / name)
+        names.append("" if pixels is None else str(tmp_path / name))
+    return pictures.read_question(*names, shape)
+
+
+def test_a_picture_and_its_mask_are_read_alike(tmp_path):
+    """Known where white; both fitted to the network's size, grey or in three channels."""
+    rng = np.random.default_rng(0)
+    picture, mask = rng.integers(0, 256, (6, 6, 3)), 255 * (rng.random((6, 6)) < 0.5)
+    x, known = ask(tmp_path, picture, mask, (3, 6, 6))
+    assert_close(x[0], torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1)
+    assert torch.equal(known[0, 0], torch.from_numpy(mask) == 255)
+    x, known = ask(tmp_path, picture, None, (1, 6, 6))
+    assert known is None
+    assert_close(x[0, 0], torch.from_numpy(picture).float().mean(2) / 127.5 - 1, rtol=0, atol=1e-5)
+    halves = np.repeat([[0, 255]], 6, 0).repeat(6, 1)  # 6 x 12, the middle 6 x 6 is cut out
+    x, known = ask(tmp_path, np.stack([halves] * 3, 2), halves, (1, 3, 3))
+    assert x.shape == known.shape == (1, 1, 3, 3)
+    assert known[0, 0].tolist() == [[False, False, True]] * 3 or known[0, 0].tolist() == [[False, True, True]] * 3
+    x, known = ask(tmp_path, None, 255 * np.eye(4, 6), (1, 4, 6))
+    assert x is None and known[0, 0].nonzero().tolist() == [[i, i] for i in range(4)]
+    assert pictures.read_question("", "", (1, 4, 6)) == (None, None)
+
+
+def test_a_turned_picture_has_the_size_that_is_seen(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray(np.zeros((4, 8), np.uint8)).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(np.tri(8, 4, dtype=np.uint8) * 255).save(tmp_path / "m.png")
+    x, known = pictures.read_question(str(tmp_path / "a.png"), str(tmp_path / "m.png"), (1, 4, 4))
+    assert x.shape == known.shape == (1, 1, 4, 4)
+
+
+@pytest.mark.parametrize("picture, mask, words", [
+    (np.zeros((5, 6)), np.eye(6), "--mask mask.png: is 6 x 6 pixels, must be 6 x 5 like the picture"),
+    (None, np.eye(5), "--mask mask.png: is 5 x 5 pixels, must be 6 x 4"),
+    (None, np.full((4, 6), 255), "--mask mask.png: is white all over"),
+    (None, np.zeros((4, 6)), "--mask mask.png: is black all over")])
+def test_a_mask_that_asks_nothing(picture, mask, words, tmp_path, capsys, monkeypatch):
+    said = refused(capsys, ask, tmp_path, picture, mask).replace(f"{tmp_path}/", "")
+    assert words in said
+
+
+@pytest.mark.parametrize("flag", ["image", "mask"])
+def test_what_is_no_picture(flag, tmp_path, capsys):
+    (tmp_path / "a.png").write_text("no picture")
+    for path in (tmp_path / "a.png", tmp_path, tmp_path / "none.png"):
+        files = (str(path), "") if flag == "image" else ("", str(path))
+        said = refused(capsys, pictures.read_question, *files, (1, 4, 6))
+        assert said.startswith(f"error: --{flag} {path}: cannot be read as a picture")
+
+
+def test_masks_say_what_is_known():
+    masks = pictures.make_masks(12, 20)
+    shares = {name: mask.double().mean().item() for name, mask in masks.items()}
+    assert all(mask.shape == (1, 1, 12, 20) and mask.dtype == torch.bool for mask in masks.values())
+    assert shares["half"] == 0.5 and masks["half"][..., :10].all()
+    assert shares["box"] == 0.75 and not masks["box"][0, 0, 3:9, 5:15].any()
+    assert torch.equal(masks["border"], ~masks["box"])
+    assert 0.2 < shares["pixels"] < 0.4
 
 
 def test_a_density_keeps_the_type_and_device_of_its_points():

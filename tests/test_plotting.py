@@ -24,7 +24,7 @@ NAN, INF = float("nan"), float("inf")
 def one_of_each(folder):
     """{name: function that draws it} for every function that writes a file."""
     x, points = torch.linspace(-1, 1, 4 * 64).view(4, 1, 8, 8), torch.arange(20.0).view(10, 2) / 10
-    made, p = Data("toy", x, x), plotting
+    made, p, series = Data("toy", x, x), plotting, torch.randn(6, 1, 9)
     return {
         "grid.png": lambda: p.grid(folder / "grid.png", x, 2, "title"),
         "panels.png": lambda: p.panels(folder / "panels.png", [("a", x), ("b", x)], "title"),
@@ -38,7 +38,12 @@ def one_of_each(folder):
                                    torch.rand(10, 2), "title"),
         "densities.png": lambda: p.densities(
             folder / "densities.png", [("a", torch.rand(5, 5))], "title", 2.0),
-        "points.gif": lambda: p.points_gif(folder / "points.gif", [points, -points], ["a", "b"], hold=1),
+        "points.gif": lambda: p.film(folder / "points.gif", [points, -points], ["a", "b"], hold=1),
+        "series.gif": lambda: p.film(folder / "series.gif", [series, -series], ["a", "b"], hold=1),
+        "series.png": lambda: p.panels(folder / "series.png", [("a", series), ("b", series)], "title"),
+        "fans.png": lambda: p.fans(folder / "fans.png", [
+            ("a", series[0, 0], torch.arange(9) < 5, series[:5, 0].sort(0).values)] * 4, "title"),
+        "picture.png": lambda: p.picture(folder / "picture.png", x[0]),
     }
 
 
@@ -317,7 +322,7 @@ def test_any_points_are_drawn(tmp_path, none_told, name):
     x = POINTS[name]
     plotting.panels(tmp_path / "a.png", [("a", x)], "title")
     plotting.fields(tmp_path / "b.png", [("a", x, x, x)], "title")
-    plotting.points_gif(tmp_path / "d.gif", [x, x], ["a", "b"], hold=1)
+    plotting.film(tmp_path / "d.gif", [x, x], ["a", "b"], hold=1)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -409,3 +414,42 @@ def test_any_tensor_is_an_array():
     assert plotting.to_numpy(torch.ones(2, requires_grad=True)).tolist() == [1, 1]
     assert plotting.to_numpy(torch.ones(2, dtype=torch.bfloat16)).dtype == np.float32
     assert plotting.to_numpy(torch.ones(2, dtype=torch.float64)).dtype == np.float64
+
+
+def test_a_picture_is_written_pixel_for_pixel(tmp_path):
+    pixels = torch.randint(0, 256, (3, 5, 7))
+    plotting.picture(tmp_path / "a.png", pixels / 127.5 - 1)
+    plotting.picture(tmp_path / "b.png", pixels[:1] / 127.5 - 1)
+    assert np.array(Image.open(tmp_path / "a.png")).tolist() == pixels.permute(1, 2, 0).tolist()
+    assert np.array(Image.open(tmp_path / "b.png"))[..., 2].tolist() == pixels[0].tolist()
+
+
+def axes_of(monkeypatch, draw):
+    """What a figure has on its axes."""
+    sheets = []
+    monkeypatch.setattr(plotting, "_finish", lambda sheet, path, title="": sheets.append(sheet))
+    draw()
+    return sheets[0].axes
+
+
+def test_fans_are_bands_of_pairs_of_quantiles_where_nothing_is_known(monkeypatch):
+    truth, known = torch.arange(6.0), torch.tensor([True, True, False, False, False, True])
+    quantiles = torch.arange(5.0)[:, None] + torch.arange(6.0)
+    axes = axes_of(monkeypatch, lambda: plotting.fans("a.png", [("part", truth, known, quantiles)] * 4, "title"))
+    assert len(axes) == 6  # two rows of three
+    outer, inner = axes[3].collections
+    for band, (low, high) in ((outer, (0, 4)), (inner, (1, 3))):
+        corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
+        assert {(float(i), float(i + level)) for i in (2, 3, 4) for level in (low, high)} == corners
+    median, line, edge = axes[3].lines
+    assert median.get_xdata().tolist() == [2, 3, 4] and median.get_ydata().tolist() == [4, 5, 6]
+    assert line.get_ydata().tolist() == truth.tolist() and list(edge.get_xdata()) == [2, 2]
+
+
+def test_series_stand_one_below_the_other(monkeypatch):
+    x = torch.randn(9, 1, 20)
+    axes = axes_of(monkeypatch, lambda: plotting.samples("a.png", x, Data("toy", x, -x), "title"))
+    for sign, axis in zip((1, -1), axes, strict=True):
+        assert len(axis.lines) == 8
+        for i, line in enumerate(axis.lines):
+            assert np.allclose(line.get_ydata(), sign * x[i, 0] / 6 - i, atol=1e-6)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import ddim_example as ddim
 import score_based_diffusion_example as score_based
-from common.data import load_images
+from common.data import load_images, load_points
 from common.runs import new_run
 
 import pytest
@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "results"))
 import guidance  # noqa: E402
 import sdes  # noqa: E402
 import training  # noqa: E402
+import unique_codes  # noqa: E402
 
 
 @pytest.mark.slow
@@ -87,3 +88,27 @@ def test_guidance_is_drawn_of_both_evaluations(tmp_path, monkeypatch):
     guidance.main(tmp_path)
     assert list(drawn[0]) == ["one", "other"]
     open_picture(tmp_path / "guidance.png")
+
+
+@pytest.mark.slow
+def test_unique_codes_are_of_two_networks_and_the_same_points(tmp_path, monkeypatch):
+    encoded, drawn = [], []
+    spied(monkeypatch, unique_codes.score_based, "ode_encode", lambda given, out: encoded.append((given, out)))
+    spied(monkeypatch, unique_codes.plotting, "curves", lambda given, _: drawn.append(given["parts"]))
+    a, b = unique_codes.main((8, 16), n=20, folder=tmp_path, changes={"steps": 3, "batch_size": 8},
+                             out=tmp_path / "runs", device="cpu")
+    (first, code), (second, other) = encoded
+    test = load_points("swiss_roll").test[:20]
+    assert torch.equal(first["x"], test) and torch.equal(second["x"], test)
+    assert torch.equal(a, code) and torch.equal(b, other) and not torch.equal(a, b)
+    for i, part in enumerate(drawn[0]):
+        x, y = part["points"]["_"]
+        assert torch.equal(x, a[:, i]) and torch.equal(y, b[:, i])
+    found = json.loads((tmp_path / "unique_codes.json").read_text())
+    assert found["rms_difference"] == pytest.approx((a - b).square().mean().sqrt().item())
+    assert found["correlation"][0] == pytest.approx(torch.corrcoef(torch.stack([a[:, 0], b[:, 0]]))[0, 1].item(), rel=1e-4)
+    assert found["widths"] == [8, 16] and found["n"] == 20
+    configs = sorted(json.loads(file.read_text())["config"]["hidden"]
+                     for file in (tmp_path / "runs").glob("*/*/config.json"))
+    assert configs == [8, 16]
+    open_picture(tmp_path / "unique_codes.png")
