@@ -58,6 +58,7 @@ from torch import nn
 from tqdm import tqdm
 
 Sampler = Literal["em", "reverse", "ancestral", "pc", "rk45", "rk4"]
+Predictor = Literal["reverse", "ancestral", "flow", "none"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Config:
     # sampling
     sampler: Sampler = "pc"  # which one (paper: pc for ve, em for vp and subvp)
     N: int = 500  # steps, in [1, 1e6]; rk4 makes N / 4, rk45 its own (paper: 1000)
-    predictor: Literal["reverse", "ancestral", "flow", "none"] = "reverse"  # of pc
+    predictor: Predictor = "reverse"  # of pc, before its corrector (code: reverse)
     corrector_steps: int = 1  # of pc, a predictor step, in [0, 1000] (paper: 1)
     snr: float = 0.16  # r of the corrector, in (0, 10] (paper: ve 0.16, vp 0.01)
     tolerance: float = 1e-4  # of rk45, both kinds, in [1e-12, 1) (paper: 1e-5)
@@ -1151,6 +1152,8 @@ def train_classifier(cfg, run, sde, data):
         for _ in run.training(cfg.classifier_steps, network, optimizer,
                               name="classifier", keep=False):
             x0, y = run.batch(data, 64, cfg.flip)
+            shift = tuple(torch.randint(-2, 3, (2,)).tolist())
+            x0 = torch.roll(x0, shift, dims=(2, 3))  # for [ADM]'s random crops
             t = draw_times(sde, len(x0))[0].to(x0)
             mean, std = sde.marginal(x0, t)
             xt = mean + std * torch.randn_like(x0)
@@ -1334,10 +1337,11 @@ def figure_table(path, found):
     alone = {name.removesuffix(", corrector"): 0 for name in both}
     alone = {name: distance[name] for name in alone if name not in both}
     top = 1.15 * max([*both.values(), *alone.values()])
-    parts = [{"bars": ([name.removesuffix(", corrector").replace(" ", "\n")
-                        for name in rows], list(rows.values())),
-              "title": title, "yscale": "log", "ylim": (1, 3 * top)}
-             for title, rows in (("predictor alone", alone), ("with a corrector", both))]
+    parts = []
+    for title, rows in (("predictor alone", alone), ("with a corrector", both)):
+        names = [name.removesuffix(", corrector").replace(" ", "\n") for name in rows]
+        parts.append({"bars": (names, list(rows.values())), "title": title,
+                      "yscale": "log", "ylim": (1, 3 * top)})
     r, tolerance = found["r"], found["tolerance"]
     parts += [
         {"lines": {"_": (list(r), [row[key] for row in r.values()], "o-")},
@@ -1378,7 +1382,9 @@ def figure_inpainting(run, cfg, score, sde, data, image=None, mask=None):
     kinds = {"": mask} if mask is not None else make_masks(*data.shape[1:])
     times = 2 if image is None else 1
     names = [name for name in kinds for _ in range(times)]
-    x = data.test[:len(names)] if image is None else image.expand(len(names), -1, -1, -1)
+    x = data.test[:len(names)]
+    if image is not None:
+        x = image.to(x.device).expand(len(names), -1, -1, -1)
     mask = torch.cat([kinds[name] for name in names[:len(x)]]).to(x.device)
     completed = [complete(cfg, score, sde, x, mask) for _ in range(3)]
     plotting.table(run.path("inpainting.png"),

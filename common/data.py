@@ -232,8 +232,8 @@ def read_csv(name, path):
         for cell, text in enumerate(row, 1):
             value = _number(text)
             if value is None or not abs(value) < 1e100:  # nor nan
-                fail(f"--dataset {name}: row {line}, number {cell} is {text.strip()!r}, "
-                     "must be a finite number")
+                fail(f"--dataset {name}: row {line}, number {cell} is "
+                     f"{text.strip()!r}, must be a finite number")
         if len(row) != len(rows[0][1]):
             fail(f"--dataset {name}: row {line} has {len(row)} numbers, must have "
                  f"{len(rows[0][1])} like the first")

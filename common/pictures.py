@@ -105,8 +105,8 @@ def read_question(image, mask, shape):
             fail(f"--mask {mask}: is white all over, all is known and nothing is left "
                  "to complete; it must be black somewhere")
         if not known.any():
-            fail(f"--mask {mask}: is black all over, nothing is known; it must be white "
-                 "somewhere (samples.png shows pictures of nothing known)")
+            fail(f"--mask {mask}: is black all over, nothing is known; it must be "
+                 "white somewhere (samples.png shows pictures of nothing known)")
     return x, known
 
 

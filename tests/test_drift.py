@@ -30,6 +30,8 @@ EXCEPTIONS = {
 } | {
     (other, "latent", "make_schedule"): (11, "the schedule of LDM's code: linear square roots")
     for other in ("conditional", "ddim", "ddpm")
+} | {
+    ("conditional", "score", "train_classifier"): (34, "time is continuous, the SDE makes the noise")
 }
 
 
