@@ -1308,51 +1308,51 @@ def measure_samplers(run, cfg, model, sde, data, states):
     200 network calls each; of reverse diffusion with the corrector by r, of RK45 by its
     tolerance as well.
     """
-    found = {"samplers": make_methods(cfg, sde), "r": {}, "tolerance": {}}
-    for r in (0.01, 0.04, 0.08, 0.16, 0.32):
-        found["r"][r] = replace(cfg, sampler="pc", predictor="reverse",
-                                corrector_steps=1, snr=r)
-    for tolerance in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
-        found["tolerance"][tolerance] = replace(cfg, sampler="rk45",
-                                                tolerance=tolerance)
-    for by, configs in found.items():
-        for name, its_cfg in configs.items():
+    pc = replace(cfg, sampler="pc", predictor="reverse", corrector_steps=1)
+    ode = replace(cfg, sampler="rk45")
+    configs = {
+        "samplers": make_methods(cfg, sde),
+        "r": {r: replace(pc, snr=r) for r in (0.01, 0.04, 0.08, 0.16, 0.32)},
+        "tolerance": {tolerance: replace(ode, tolerance=tolerance)
+                      for tolerance in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)}}
+    scores = {}
+    for by, compared in configs.items():
+        scores[by] = {}
+        for name, its_cfg in compared.items():
             draw = partial(states, cfg=its_cfg, calls=200)
-            found[by][name] = run.quality(draw, model, 200, data)
-            run.add_metrics(**{f"evaluation_by_{by}": {
-                key: row for key, row in found[by].items() if isinstance(row, dict)}})
-    figure_table(run.path("table1.png"), found)
-    return found["samplers"]
+            scores[by][name] = run.quality(draw, model, 200, data)
+            run.add_metrics(**{f"evaluation_by_{by}": scores[by]})
+    figure_table(run.path("table1.png"), scores)
+    return scores["samplers"]
 
 
 @plotting.figure
-def figure_table(path, found):
+def figure_table(path, scores):
     """table1.png: predictors, with and without the corrector; r; RK45's tolerance.
 
-    found: {"samplers", "r", "tolerance": {name: scores}}, as measure_samplers keeps.
+    scores: {"samplers", "r", "tolerance": {name: its scores}}.
     """
-    key = "frechet_distance"
-    distance = {name: row[key] for name, row in found["samplers"].items()}
-    both = {name: value for name, value in distance.items() if "corrector" in name}
-    alone = {name.removesuffix(", corrector"): 0 for name in both}
-    alone = {name: distance[name] for name in alone if name not in both}
-    top = 1.15 * max([*both.values(), *alone.values()])
-    parts = []
-    for title, rows in (("predictor alone", alone), ("with a corrector", both)):
-        names = [name.removesuffix(", corrector").replace(" ", "\n") for name in rows]
-        parts.append({"bars": (names, list(rows.values())), "title": title,
-                      "yscale": "log", "ylim": (1, 3 * top)})
-    r, tolerance = found["r"], found["tolerance"]
+    distance = {by: {name: row["frechet_distance"] for name, row in rows.items()}
+                for by, rows in scores.items()}
+    of, parts = distance["samplers"], []
+    both = [name for name in of if "corrector" in name]
+    alone = [name.removesuffix(", corrector") for name in both if "," in name]
+    for title, names in (("predictor alone", alone), ("with a corrector", both)):
+        words = [name.removesuffix(", corrector").replace(" ", "\n") for name in names]
+        parts.append({"bars": (words, [of[name] for name in names]), "title": title,
+                      "yscale": "log", "ylim": (1, 3 * max(of.values()))})
+    calls = [row["network_calls"] for row in scores["tolerance"].values()]
+    least, most = min(scores["tolerance"]), max(scores["tolerance"])
     parts += [
-        {"lines": {"_": (list(r), [row[key] for row in r.values()], "o-")},
+        {"lines": {"_": (list(distance["r"]), list(distance["r"].values()), "o-")},
          "xlabel": "r", "xscale": "log", "ylim": (0, None),
          "title": "reverse diffusion, corrector"},
-        {"lines": {"_": ([row["network_calls"] for row in tolerance.values()],
-                         [row[key] for row in tolerance.values()], "o-")},
+        {"lines": {"_": (calls, list(distance["tolerance"].values()), "o-")},
          "xlabel": "network calls", "ylim": (0, None),
-         "title": f"ODE, RK45, tolerance {max(tolerance):g} to {min(tolerance):g}"}]
+         "title": f"ODE, RK45, tolerance {most:g} to {least:g}"}]
     parts[0]["ylabel"] = "Fréchet distance in features"
-    plotting.curves(path, parts, f"{found['r'][0.16]['n']} samples a point")
+    n = next(iter(scores["r"].values()))["n"]
+    plotting.curves(path, parts, f"{n} samples a point")
 
 
 @plotting.figure

@@ -330,6 +330,9 @@ def test_series_net_moves_with_its_input_where_padding_is_not_seen():
     changed[..., 32] += 1
     reached = (net(changed, t) - y).abs().amax((0, 1)) > 0
     assert reached[24:41].all() and not reached[:24].any() and not reached[41:].any()
+    changed = x.clone()
+    changed[..., 0] += 1  # nor does the start reach the end
+    assert not ((net(changed, t) - y).abs().amax((0, 1)) > 0)[9:].any()
 
 
 @pytest.mark.parametrize("length", [2, 7, 128])
@@ -418,10 +421,11 @@ def test_spectra_and_their_distance_are_those_of_the_training_part(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_smoke_run_on_series_and_its_samples_as_a_table(tmp_path):
+def test_smoke_run_on_series_and_its_samples_as_a_table(tmp_path, monkeypatch):
     """A CSV survives the round trip: the samples are read back as data."""
     rows = 50 + 20 * np.random.default_rng(0).normal(size=(30, 10))
     np.savetxt(tmp_path / "mine.csv", rows, delimiter=",", header="a,b,c,d,e,f,g,h,i,j", comments="")
+    shown = spy(monkeypatch, sb, "show_series")
     sb.main(["--preset", "smoke", "--dataset", f"csv:{tmp_path / 'mine.csv'}", "--device", "cpu", "--out", str(tmp_path)])
     folder = only_run(tmp_path, "score_based")
     for name in ("samples.png", "preview.png", "denoising.gif", "series.png", "forecast.png", "loss.png", "paths.png"):
@@ -431,7 +435,8 @@ def test_smoke_run_on_series_and_its_samples_as_a_table(tmp_path):
     assert state["offset"].item() == pytest.approx(data.offset) and state["unit"].item() == pytest.approx(data.unit)
     assert abs(data.offset - 50) < 5 and abs(data.unit - 20) < 5
     table = np.loadtxt(folder / "samples.csv", delimiter=",")
-    assert table.shape == (20, 10) and np.isfinite(table).all()
+    drawn = data.offset + data.unit * shown[0].samples[:, 0].double().numpy()
+    assert table.shape == (20, 10) and np.allclose(table, drawn, rtol=1e-4, atol=1e-3)
     again = load_series(f"csv:{folder / 'samples.csv'}")
     both = torch.cat([again.restore(again.train), again.restore(again.test)])[:, 0].double().numpy()
     assert_close(np.sort(both, 0), np.sort(table, 0), rtol=1e-4, atol=1e-3)
