@@ -1425,8 +1425,9 @@ def figure_colorization(run, cfg, score, sde, data):
 
 
 @plotting.figure
-def figure_classes(run, cfg, score, sde, data, classifier, labels):
-    """classes.png: the labels asked for, by every sampler with [SDE] Eq. 49."""
+def figure_classes(run, cfg, score, sde, data, classifier):
+    """classes.png: the classes asked for, by every sampler with [SDE] Eq. 49."""
+    labels = [data.classes.index(c) for c in cfg.classes]
     n, rows, names, found = run.opts.evaluate or 5 * len(labels), [], [], {}
     y = torch.tensor(labels, device=run.device).repeat(n)[:n]
     for name, its_cfg in make_methods(cfg, sde).items():
@@ -1684,7 +1685,7 @@ def show_series(run, cfg, score, sde, data, samples):
     figure_forecast(run, cfg, score, sde, data)
 
 
-def show_images(run, cfg, model, score, sde, data, samples, states):
+def show_images(run, cfg, model, score, sde, data, samples, states, classifier):
     """The figures and numbers of images."""
     run.add_metrics(samples=metrics.glance(samples, data))
     plotting.neighbours(run.path("neighbours.png"), samples, data)
@@ -1695,10 +1696,8 @@ def show_images(run, cfg, model, score, sde, data, samples, states):
                       *read_question(cfg.image, cfg.mask, data.shape))
     if data.shape[0] == 3:
         figure_colorization(run, cfg, score, sde, data)
-    if cfg.classes:
-        labels = [data.classes.index(c) for c in cfg.classes]
-        classifier = train_classifier(cfg, run, sde, data)
-        figure_classes(run, cfg, score, sde, data, classifier, labels)
+    if classifier:
+        figure_classes(run, cfg, score, sde, data, classifier)
     measure_bits(run, cfg, model, sde, data)
     run.evaluate(states, model, cfg.N, data)
     scores = {}
@@ -1719,6 +1718,7 @@ def main(argv=None):
         model = run.trained(make_network(cfg, data.shape))
     else:
         model = train(cfg, run, data)
+    classifier = train_classifier(cfg, run, sde, data) if cfg.classes else None
     if not run.main:
         return
     if kind == 2:
@@ -1742,7 +1742,7 @@ def main(argv=None):
     elif kind == 2:
         show_series(run, cfg, score, sde, data, samples)
     else:
-        show_images(run, cfg, model, score, sde, data, samples, states)
+        show_images(run, cfg, model, score, sde, data, samples, states, classifier)
     run.finish()
 
 

@@ -288,8 +288,8 @@ def test_a_trained_classifier_moves_every_sampler_to_its_class(tmp_path, monkeyp
     def classifier(x, t):
         return mixture.terms(x.double(), t.double())[2]
 
-    sb.figure_classes(run, cfg, lambda x, t: mixture(x.double(), t.double()).to(x.dtype), sde, data,
-                      classifier, labels)
+    sb.figure_classes(run, replace(cfg, classes=("c", "a") * 8),
+                      lambda x, t: mixture(x.double(), t.double()).to(x.dtype), sde, data, classifier)
     found = tables[0]
     assert found.column_labels == ["c", "a"] * 8
     names = list(sb.make_methods(cfg, sde))

@@ -313,10 +313,12 @@ def test_an_sde_draws_where_it_is():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, points", [("ve", False), ("vp_cosine", True), ("subvp", True)])
-def test_sde_losses_on_a_device(name, points, device):
-    sde, shape = SDES[name]().to(device), (2, 2) if points else (2, 1, 8, 8)
-    net = (sb.ScoreMLP(2, 16, 1, name == "ve") if points else unet(sb, fourier=name == "ve")).to(device)
+@pytest.mark.parametrize("name, shape", [
+    ("ve", (2, 1, 8, 8)), ("vp_cosine", (2, 2)), ("subvp", (2, 2)), ("ve", (2, 1, 9)), ("vp", (2, 1, 9))])
+def test_sde_losses_on_a_device(name, shape, device):
+    sde, fourier = SDES[name]().to(device), name == "ve"
+    net = {2: lambda: sb.ScoreMLP(2, 16, 1, fourier), 3: lambda: sb.SeriesNet(8, 2, fourier),
+           4: lambda: unet(sb, fourier=fourier)}[len(shape)]().to(device)
     x0 = torch.randn(shape, device=device)
     for weighting in ("simple", "likelihood"):
         loss = sb.score_loss(net, sde, x0, weighting)
