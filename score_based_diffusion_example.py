@@ -1597,8 +1597,8 @@ def figure_series(run, data, samples):
         {"lines": spectra, "xlabel": "cycles a series", "yscale": "log",
          "title": "power spectrum, the mean over series"},
         {"lines": correlations, "xlabel": "lag", "title": "autocorrelation"}])
-    half = len(data.train) // 2
-    splits = [data.train[torch.randperm(2 * half)].split(half) for _ in range(10)]
+    n, half = len(data.train), max(1, len(data.train) // 2)
+    splits = [data.train[torch.randperm(2 * half) % n].split(half) for _ in range(10)]
     run.add_metrics(samples={
         "n": len(samples),
         "spectral_distance_db": metrics.spectral_distance(samples, data.train),

@@ -176,8 +176,9 @@ def load_series(name, n=1250, length=128, seed=0):
 
     Data.restore gives them back in their own unit. sines: one wave each, under noise
     of 0.1, made here. membrane: windows of a recording that ships with matplotlib, the
-    potential of a nerve cell that fires; its last fifth is held out. csv:PATH: one
-    series a row, a tenth is held out. A mistake ends the program with one line.
+    potential of a nerve cell that fires at an even pace; the last fifth is held out.
+    csv:PATH: one series a row, a tenth is held out. A mistake ends the program with
+    one line.
     """
     _check_name(name, SERIES_NAMES)
     if name == "sines":
@@ -191,10 +192,11 @@ def load_series(name, n=1250, length=128, seed=0):
 
         file = Path(get_data_path()) / "sample_data" / "membrane.dat"
         try:
-            recorded = np.fromfile(file, np.float32).astype(float)[1000::4]
+            recorded = np.fromfile(file, np.float32).astype(float)
         except OSError as problem:
             fail(f"--dataset {name}: {file} cannot be read ({problem.strerror}), this "
                  "matplotlib comes without its sample data")
+        recorded = recorded[1400:7050:4]  # where it fires at an even pace
         end = len(recorded) * 4 // 5
         train, held_out = (np.lib.stride_tricks.sliding_window_view(part, length)
                            for part in (recorded[:end], recorded[end:]))

@@ -442,6 +442,18 @@ def test_smoke_run_on_series_and_its_samples_as_a_table(tmp_path, monkeypatch):
     assert_close(np.sort(both, 0), np.sort(table, 0), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_the_smallest_table(tmp_path):
+    """Two rows of two values, five samples: every figure is drawn."""
+    (tmp_path / "mine.csv").write_text("1,2\n3,5\n")
+    sb.main(["--preset", "smoke", "--dataset", f"csv:{tmp_path / 'mine.csv'}", "--n_samples", "1", "--device", "cpu",
+             "--out", str(tmp_path)])
+    folder = only_run(tmp_path, "score_based")
+    assert np.loadtxt(folder / "samples.csv", delimiter=",").shape == (5, 2)
+    for name in ("series.png", "forecast.png", "samples.png"):
+        open_picture(folder / name)
+
+
 def test_samples_are_in_the_unit_of_the_network_that_draws_them(tmp_path, monkeypatch):
     """Not in that of a table that has changed since: offset and unit are of the checkpoint."""
     file, rows = tmp_path / "mine.csv", np.random.default_rng(0).normal(size=(30, 10))
