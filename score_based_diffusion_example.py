@@ -22,7 +22,8 @@ Departures from the paper:
      DDPM miss the variance as t -> 0, which the paper saw in its FID (App. H.2). So
      there is a corrector for sub-VP too, which has no alpha in the authors' code;
   2. the corrector comes before the predictor, as in the code (Alg. 1 prints it after).
-     r = 0.16 is Tab. 5's for VE; for VP it has 0.01, or 0.04 behind the flow predictor;
+     r = 0.16 is Tab. 5's for VE; for VP it has 0.01, or 0.04 behind the flow predictor.
+     Where part is known there are five a step, and r = 0.4 (`inpaint_corrector`);
   3. x0_hat is clamped while sampling images (`clip_x0`), not in likelihoods;
   4. the small U-Net of ddpm_example.py, on 2x2 blocks of pixels, an MLP for points,
      dilated convolutions for series, a cosine decay of the learning rate, the average

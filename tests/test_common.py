@@ -1618,9 +1618,10 @@ def test_gif_moves_and_holds_its_end(tmp_path):
     assert middles[0] < middles[1] < middles[-1]
 
 
-def test_points_gif_moves(tmp_path):
-    frames = [torch.randn(200, 2) * scale for scale in (0.2, 1.0)]
-    plotting.points_gif(tmp_path / "a.gif", frames, ["t = 1", "t = 0"], hold=2)
+@pytest.mark.parametrize("shape", [(200, 2), (3, 1, 20)])
+def test_a_film_moves(shape, tmp_path):
+    frames = [torch.randn(shape) * scale for scale in (0.2, 1.0)]
+    plotting.film(tmp_path / "a.gif", frames, ["t = 1", "t = 0"], hold=2)
     shown = open_picture(tmp_path / "a.gif")
     assert len(shown) >= 2 and not np.array_equal(shown[0], shown[-1])
     with Image.open(tmp_path / "a.gif") as picture:
