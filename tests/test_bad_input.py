@@ -100,6 +100,8 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     (["--dataset", "folder:/no/such/folder"], ["--dataset folder:/no/such/folder"]),
     (["--dataset", "folder:"], ["folder:"]),
     (["--dataset", "moons"], ["--dataset moons", "two_moons", "score_based"]),
+    (["--dataset", "sine"], ["--dataset sine", "nearest is sines, series", "score_based"]),
+    (["--dataset", "csv:none.csv"], ["--dataset csv:none.csv", "csv:PATH, series", "score_based"]),
     (["--learning_rate", "1"], ["--learning_rate", "--lr"]),
     (["--steps", "3", "--steps=4"], ["--steps: is given 2 times"]),
     (["--batch_size", "3", "--batch-size", "3"], ["--batch-size: is given 2 times"]),

@@ -32,8 +32,9 @@ from common.runs import Run, open_run
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_tree, open_picture, script_name
-from PIL import Image
+from conftest import assert_same_tree, open_picture, script_name, spied
+from matplotlib.axes import Axes
+from PIL import Image, ImageSequence
 from torch import nn
 from torch.testing import assert_close
 
@@ -136,7 +137,28 @@ def test_autocorrelation_is_that_of_its_definition():
 def test_the_spectral_distance_is_in_decibels():
     x = torch.randn(50, 1, 32)
     assert metrics.spectral_distance(x, x) == 0
-    assert metrics.spectral_distance(x, 2 * x) == pytest.approx(20 * np.log10(2), rel=1e-4)
+    assert metrics.spectral_distance(x, 2 * x) == pytest.approx(10 * np.log10(4), rel=1e-4)
+    assert metrics.spectral_distance(2 * x, x) == metrics.spectral_distance(x, 2 * x)
+    silent = torch.zeros(3, 1, 32)
+    assert metrics.spectral_distance(silent, silent) == 0
+    # other gains at other frequencies: the root of the mean of the squares
+    gains = torch.tensor([1.0, 2.0, 10.0, 0.5, 1.0, 3.0, 1.0, 0.1, 1.0])
+    x = torch.randn(5, 1, 16)
+    other = torch.fft.irfft(torch.fft.rfft(x) * gains, 16)
+    wanted = (20 * gains.log10()).square().mean().sqrt().item()
+    assert metrics.spectral_distance(x, other) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_autocorrelation_of_noise_waves_and_silence():
+    found = metrics.autocorrelation(torch.randn(4000, 1, 64))
+    assert_close(found[0].item(), 1.0)
+    assert found.shape == (33,) and found[1:].abs().max() < 0.03
+    phases = 2 * torch.pi * torch.arange(4)[:, None] / 4
+    waves = torch.sin(2 * torch.pi * 3 * torch.arange(48) / 48 + phases)[:, None] + 5
+    lag = torch.arange(25)
+    wanted = (1 - lag / 48) * torch.cos(2 * torch.pi * 3 * lag / 48)  # fewer pairs at a longer lag
+    assert_close(metrics.autocorrelation(waves), wanted, rtol=0, atol=1e-4)
+    assert metrics.autocorrelation(torch.zeros(2, 1, 8)).tolist() == [0] * 5
 
 
 @pytest.mark.parametrize("name, kind", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"),
@@ -555,6 +577,30 @@ def test_flags_override_the_preset_with_either_spelling():
     assert not parse("--no-flip")[0].flip
     assert parse("--grad-checkpointing")[1].grad_checkpointing
     assert parse("--grad_checkpointing")[1].grad_checkpointing
+
+
+@dataclasses.dataclass(frozen=True)
+class WithData(Toy):
+    # model
+    dataset: str = "digits"          # what is learnt
+
+
+def test_a_data_set_takes_the_preset_of_its_name(capsys):
+    presets = {"digits": WithData(), "sines": WithData(dataset="sines", T=3),
+               "csv": WithData(dataset="csv:PATH", T=5), "smoke": WithData(T=2)}
+
+    def read(*argv, presets=presets):
+        cfg, opts = parse_args(WithData, presets, list(argv))
+        return cfg.dataset, cfg.T, opts.preset
+
+    assert read("--dataset", "sines") == ("sines", 3, "sines")
+    assert read("--dataset", "csv:/a/b:c.csv") == ("csv:/a/b:c.csv", 5, "csv")
+    assert read("--dataset=csv:a.csv", "--T", "7") == ("csv:a.csv", 7, "csv")
+    assert read("--dataset", "csv:a.csv", "--preset", "smoke") == ("csv:a.csv", 2, "smoke")
+    assert read("--dataset", "membrane") == ("membrane", 10, None)
+    assert read("--T", "4") == ("digits", 4, None)
+    del presets["csv"]
+    assert read("--dataset", "csv:a.csv") == ("csv:a.csv", 10, None)
 
 
 def test_help_is_the_trailing_comment(capsys):
@@ -1542,6 +1588,17 @@ def test_samples_stand_beside_as_many_held_out_pictures(tmp_path, monkeypatch):
         assert torch.equal(real, made.test[:shown])
 
 
+@pytest.mark.parametrize("shape, most", [((2,), 5000), ((1, 16), 8)])
+def test_samples_of_points_and_series_are_cut_to_what_can_be_seen(tmp_path, monkeypatch, shape, most):
+    seen = []
+    monkeypatch.setattr(plotting, "panels", lambda path, parts, title, columns: seen.append(parts))
+    x = torch.randn(most + 50, *shape)
+    for n, shown in ((3, 3), (most + 50, most)):
+        plotting.samples(tmp_path / "a.png", x[:n], data.Data("toy", x, -x), "title")
+        (_, drawn), (_, real) = seen.pop()
+        assert torch.equal(drawn, x[:shown]) and torch.equal(real, -x[:shown])
+
+
 def test_neighbours_are_of_the_training_part(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(plotting, "table", lambda *args: seen.append(args))
@@ -1618,14 +1675,38 @@ def test_gif_moves_and_holds_its_end(tmp_path):
     assert middles[0] < middles[1] < middles[-1]
 
 
-@pytest.mark.parametrize("shape", [(200, 2), (3, 1, 20)])
-def test_a_film_moves(shape, tmp_path):
-    frames = [torch.randn(shape) * scale for scale in (0.2, 1.0)]
-    plotting.film(tmp_path / "a.gif", frames, ["t = 1", "t = 0"], hold=2)
-    shown = open_picture(tmp_path / "a.gif")
-    assert len(shown) >= 2 and not np.array_equal(shown[0], shown[-1])
-    with Image.open(tmp_path / "a.gif") as picture:
+def durations(path):
+    """How long each frame of a GIF is shown, in milliseconds; it must begin again at its end."""
+    with Image.open(path) as picture:
         assert picture.info["loop"] == 0
+        return [frame.info["duration"] for frame in ImageSequence.Iterator(picture)]
+
+
+def test_a_film_of_points_moves_and_holds_its_end(tmp_path, monkeypatch):
+    seen = []
+    spied(monkeypatch, plotting, "_draw", lambda given, _: seen.append(
+        (len(given["axis"].collections), given["axis"].get_xlim(), given["axis"].get_ylim())))
+    frames = [torch.full((9, 2), value) for value in (-2.0, 0.0, 2.0)]
+    plotting.film(tmp_path / "a.gif", frames, ["t", "t", "t"], limit=3, hold=5, milliseconds=40)
+    assert seen == [(1, (-3, 3), (-3, 3))] * 3  # of the frame before nothing is left
+    assert durations(tmp_path / "a.gif") == [40, 40, 40 * (1 + 5)]
+    rows, columns = zip(*(np.nonzero(f.max(2) - f.min(2).astype(int) > 60)  # what is not grey
+                          for f in open_picture(tmp_path / "a.gif")), strict=True)
+    places = [(-y.mean(), x.mean()) for y, x in zip(rows, columns, strict=True)]
+    assert np.diff(places, axis=0).min() > 30  # up and to the right
+
+
+def test_a_film_of_series_has_a_caption_each_frame(tmp_path, monkeypatch):
+    seen, titles = [], []
+    monkeypatch.setattr(plotting, "_write_gif", lambda *args: seen.append(args))
+    spied(monkeypatch, Axes, "set_title", lambda given, _: titles.append(
+        (given["label"], len(given["self"].lines))))
+    x = torch.randn(9, 1, 20)
+    plotting.film(tmp_path / "a.gif", [x, x[:3], x], ["t = 1", "t = 0.5", "t = 0"])
+    (path, (first, second, last), hold, milliseconds), = seen
+    assert (path.name, hold, milliseconds) == ("a.gif", 12, 80)
+    assert titles == [("t = 1", 8), ("t = 0.5", 3), ("t = 0", 8)]
+    assert first.size == second.size == last.size and first != second != last
 
 
 def test_tile_maps_minus_1_to_black_and_1_to_white():

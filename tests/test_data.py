@@ -362,6 +362,7 @@ def test_small_sizes_of_bundled_pictures(size):
     (data.load_images, "two_moons", ["points in the plane", "score_based_diffusion_example.py"]),
     (data.load_images, "moons", ["two_moons", "score_based_diffusion_example.py"]),
     (data.load_images, "sines", ["series, which score_based_diffusion_example.py takes"]),
+    (data.load_images, "sine", ["nearest is sines, series, which score_based_diffusion_example.py takes"]),
     (data.load_images, "csv:a.csv", ["csv:PATH, series, which score_based_diffusion_example.py takes"]),
     (data.load_data, "moons", ["the nearest is two_moons", "gaussians", "digits", "folder:PATH"]),
     (data.load_data, "sine", ["the nearest is sines"]),
@@ -545,19 +546,59 @@ def test_series_are_scaled_by_their_training_part_and_scaled_back(tmp_path):
     assert (moved.offset, moved.unit, moved.name) == (10.0, 2.0, found.name)
 
 
+@pytest.mark.parametrize("name", data.SERIES)
+def test_series_have_mean_0_and_std_1_over_the_training_part_alone(name):
+    found = data.load_data(name)
+    assert found.name == name and found.train.dtype == found.test.dtype == torch.float32
+    assert_close(found.train.double().mean().item(), 0.0, rtol=0, atol=1e-6)
+    assert_close(found.train.double().std(correction=0).item(), 1.0, rtol=0, atol=1e-6)
+    every = torch.cat([found.train, found.test]).double()
+    assert abs(every.mean()) > 1e-4 and abs(every.std(correction=0) - 1) > 1e-4
+    assert found.train_labels is None and found.classes == ()
+
+
+def test_written_series_are_read_back_as_the_same_rows(tmp_path):
+    table = np.random.default_rng(2).normal(7, 3, (21, 5)).astype(np.float32).astype(float)
+    np.savetxt(tmp_path / "a.csv", table, delimiter=",")
+    found = data.load_series(f"csv:{tmp_path / 'a.csv'}")
+    rows = found.restore(torch.cat([found.train, found.test]))[:, 0].numpy()
+    np.savetxt(tmp_path / "b.csv", rows, delimiter=",")
+    again = data.read_csv("csv:b.csv", tmp_path / "b.csv")
+    assert np.array_equal(again, rows.astype(float))
+    assert np.allclose(again[again[:, 0].argsort()], table[table[:, 0].argsort()], rtol=1e-6, atol=1e-6)
+
+
+def test_series_in_another_unit_keep_what_they_stand_for():
+    x, y = torch.tensor([[[1.0, 3.0]], [[-1.0, 0.5]]]), torch.tensor([[[2.0, 4.0]]])
+    found = data.Data("toy", x, y, offset=10.0, unit=4.0)
+    assert_close(found.restore(x), torch.tensor([[[14.0, 22.0]], [[6.0, 12.0]]]))
+    other = found.rescale(6.0, 2.0).to("cpu")
+    assert_close(other.train, torch.tensor([[[4.0, 8.0]], [[0.0, 3.0]]]))
+    assert_close(other.test, torch.tensor([[[6.0, 10.0]]]))
+    assert (other.offset, other.unit) == (6.0, 2.0) and (found.offset, found.unit) == (10.0, 4.0)
+    assert_close(other.restore(other.test), found.restore(found.test))
+    moved = other.to("meta")
+    assert moved.train.is_meta and moved.test.is_meta and (moved.offset, moved.unit) == (6.0, 2.0)
+
+
 def test_sines_are_one_wave_each_under_noise():
     found = data.load_series("sines")
     assert found.train.shape == (1000, 1, 128) and found.test.shape == (250, 1, 128)
     assert torch.equal(found.train, data.load_series("sines").train)
     assert not torch.equal(found.train, data.load_series("sines", seed=1).train)
     x = found.restore(torch.cat([found.train, found.test]))[:, 0].double().numpy()
-    grid, rest = np.linspace(0, 1, 128), []
+    grid, rest, sizes, speeds = np.linspace(0, 1, 128), [], [], []
     for series in x[:40]:  # the best wave of any frequency leaves noise of 0.1
         def left(f, series=series):
             waves = np.stack([np.sin(2 * np.pi * f * grid), np.cos(2 * np.pi * f * grid)], 1)
-            return series - waves @ np.linalg.lstsq(waves, series, rcond=None)[0]
-        best = min(np.linspace(2, 8, 241), key=lambda f: left(f).std())
-        rest.append(left(best).std())
+            weights = np.linalg.lstsq(waves, series, rcond=None)[0]
+            sizes.append(np.linalg.norm(weights))
+            return series - waves @ weights
+        speeds.append(min(np.linspace(1, 9, 161), key=lambda f: left(f).std()))
+        rest.append(left(speeds[-1]).std())
+        sizes[len(rest) - 1:] = sizes[-1:]
+    assert 1.9 < min(speeds) < 2.6 and 7.4 < max(speeds) < 8.1
+    assert 0.45 < min(sizes) < 0.55 and 0.95 < max(sizes) < 1.05
     assert np.mean(rest) == pytest.approx(0.1, abs=0.006)
 
 
@@ -613,10 +654,37 @@ def test_a_picture_and_its_mask_are_read_alike(tmp_path):
 def test_a_turned_picture_has_the_size_that_is_seen(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    Image.fromarray(np.zeros((4, 8), np.uint8)).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(np.repeat([[0], [255]], 2, 0).repeat(8, 1).astype(np.uint8)).save(
+        tmp_path / "a.png", exif=exif)
     Image.fromarray(np.tri(8, 4, dtype=np.uint8) * 255).save(tmp_path / "m.png")
     x, known = pictures.read_question(str(tmp_path / "a.png"), str(tmp_path / "m.png"), (1, 4, 4))
-    assert x.shape == known.shape == (1, 1, 4, 4)
+    assert x.shape == (1, 1, 4, 4)
+    assert x[0, 0].tolist() == [[1, 1, -1, -1]] * 4  # what is above lies to the right
+    assert known[0, 0].tolist() == np.tri(8, 4, dtype=bool)[2:6].tolist()
+
+
+def test_a_picture_and_its_mask_keep_their_middle(tmp_path):
+    """A 4 x 8 picture is cut to the middle 4 x 4, then halved; where it is known goes along."""
+    columns = np.tile([0, 0, 40, 40, 200, 200, 255, 255], (4, 1))
+    x, known = ask(tmp_path, columns, 255 * (columns >= 200), (1, 2, 2))
+    assert_close(x[0, 0, 0] * 127.5 + 127.5, torch.tensor([40.0, 200.0]), rtol=0, atol=25)
+    assert known[0, 0].tolist() == [[False, True]] * 2
+    x, known = ask(tmp_path, columns.T, 255 * (columns.T >= 200), (1, 4, 4))
+    wanted = torch.tensor([40.0, 40.0, 200.0, 200.0])[:, None].expand(4, 4) / 127.5 - 1
+    assert_close(x[0, 0], wanted)
+    assert torch.equal(known[0, 0], wanted > 0)
+
+
+def test_a_grey_picture_is_three_equal_channels_for_a_network_of_three(tmp_path):
+    grey = np.arange(16).reshape(4, 4) * 17
+    x, _ = ask(tmp_path, grey, None, (3, 4, 4))
+    assert x.shape == (1, 3, 4, 4) and x.min() == -1 and x.max() == 1
+    assert_close(x, (torch.from_numpy(grey) / 127.5 - 1).float().expand(1, 3, 4, 4))
+
+
+def test_a_mask_is_known_where_it_is_nearer_to_white(tmp_path):
+    _, known = ask(tmp_path, None, [[0, 127], [128, 255]], (1, 2, 2))
+    assert known.dtype == torch.bool and known.tolist() == [[[[False, False], [True, True]]]]
 
 
 @pytest.mark.parametrize("picture, mask, words", [
@@ -646,6 +714,13 @@ def test_masks_say_what_is_known():
     assert shares["box"] == 0.75 and not masks["box"][0, 0, 3:9, 5:15].any()
     assert torch.equal(masks["border"], ~masks["box"])
     assert 0.2 < shares["pixels"] < 0.4
+    many = pictures.make_masks(100, 100)["pixels"]
+    assert many.double().mean() == pytest.approx(0.3, abs=0.02)
+    assert not torch.equal(many, pictures.make_masks(100, 100)["pixels"])
+    odd = pictures.make_masks(5, 7)
+    for mask in (odd["box"], odd["border"]):
+        assert torch.equal(mask, mask.flip(2)) and torch.equal(mask, mask.flip(3))
+    assert odd["border"].sum() == 3 * 3 and odd["half"].sum() == 5 * 4
 
 
 def test_a_density_keeps_the_type_and_device_of_its_points():

@@ -326,6 +326,23 @@ def test_any_points_are_drawn(tmp_path, none_told, name):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+SERIES = {"one": torch.rand(1, 1, 5), "none": torch.zeros(0, 1, 5), "one number": torch.rand(3, 1, 1),
+          "bad": with_bad(9, 1, 7), "all nan": torch.full((2, 1, 9), NAN), "bfloat16": torch.rand(9, 1, 5).bfloat16(),
+          "huge": torch.full((2, 1, 9), 1e38)}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", SERIES)
+def test_any_series_are_drawn(tmp_path, none_told, name):
+    x = SERIES[name]
+    plotting.samples(tmp_path / "a.png", x, Data("toy", x[:1], x[:1]), "title")
+    plotting.film(tmp_path / "b.gif", [x, x], ["a", "b"], hold=1)
+    fan = x.expand(-1, 5, -1)[:1]
+    plotting.fans(tmp_path / "c.png", [("a", q[0], torch.zeros(x.shape[2]) > 0, q) for q in fan] or [
+        ("a", torch.zeros(2), torch.zeros(2) > 0, torch.zeros(1, 2))], "title")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 VALUES = {"zeros": torch.zeros(5), "all nan": torch.full((5,), NAN),
           "all infinite": torch.full((5,), INF), "bad": with_bad(5), "none": torch.zeros(0),
           "huge": torch.full((5,), 1e38), "bfloat16": torch.ones(5).bfloat16(),
@@ -432,6 +449,16 @@ def axes_of(monkeypatch, draw):
     return sheets[0].axes
 
 
+def test_points_are_seen_to_a_limit_and_images_in_columns(monkeypatch):
+    points, x = torch.randn(9, 2), torch.rand(6, 1, 4, 4)
+    axis, other = axes_of(monkeypatch, lambda: plotting.panels(
+        "a.png", [("a", points), ("b", points)], "title", limit=1.5))
+    assert (axis.get_xlim(), axis.get_ylim()) == ((-1.5, 1.5), (-1.5, 1.5))
+    assert np.allclose(other.collections[0].get_offsets(), points) and other.get_title() == "b"
+    axis, = axes_of(monkeypatch, lambda: plotting.panels("a.png", [("a", x)], "title", columns=3))
+    assert axis.images[0].get_array().shape[:2] == (2 * 5 + 1, 3 * 5 + 1)
+
+
 def test_fans_are_bands_of_pairs_of_quantiles_where_nothing_is_known(monkeypatch):
     truth, known = torch.arange(6.0), torch.tensor([True, True, False, False, False, True])
     quantiles = torch.arange(5.0)[:, None] + torch.arange(6.0)
@@ -453,3 +480,4 @@ def test_series_stand_one_below_the_other(monkeypatch):
         assert len(axis.lines) == 8
         for i, line in enumerate(axis.lines):
             assert np.allclose(line.get_ydata(), sign * x[i, 0] / 6 - i, atol=1e-6)
+        assert axis.get_ylim() == (-8, 1)
