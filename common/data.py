@@ -68,8 +68,8 @@ class Data:
         return self.offset + self.unit * x
 
     def rescale(self, offset, unit):
-        """The same series, in the unit of a network that was trained on others."""
-        train, test = ((self.restore(x) - offset) / unit
+        """The same series in the unit of a network trained on other numbers."""
+        train, test = (x * (self.unit / unit) + (self.offset - offset) / unit
                        for x in (self.train, self.test))
         changed = {"train": train, "test": test, "offset": offset, "unit": unit}
         return Data(**{**vars(self), **changed})
@@ -205,7 +205,9 @@ def load_series(name, n=1250, length=128, seed=0):
     else:
         x = read_csv(name, Path(os.path.expanduser(name[len("csv:") :])))
         held_out, train = (x[i.numpy()] for i in _hold_out(torch.zeros(len(x))))
-    offset, unit = float(train.mean()), float(train.std()) or 1.0
+    offset, unit = float(train.mean()), float(train.std())
+    if unit <= 1e-9 * abs(offset) or unit < 1e-30:
+        fail(f"--dataset {name}: all numbers of its training rows are {offset:g}")
     train, test = (torch.from_numpy((x - offset) / unit).float()[:, None]
                    for x in (train, held_out))
     return Data(name, train, test, offset=offset, unit=unit)
@@ -233,7 +235,7 @@ def read_csv(name, path):
     for line, row in rows:
         for cell, text in enumerate(row, 1):
             value = _number(text)
-            if value is None or not abs(value) < 1e100:  # nor nan
+            if value is None or not abs(value) < 1e30:  # nor nan
                 fail(f"--dataset {name}: row {line}, number {cell} is "
                      f"{text.strip()!r}, must be a finite number")
         if len(row) != len(rows[0][1]):

@@ -93,7 +93,7 @@ def read_question(image, mask, shape):
     if mask:
         try:
             with Image.open(os.path.expanduser(mask)) as opened:
-                white = opened.convert("L")
+                white = ImageOps.exif_transpose(opened).convert("L")
         except Exception as problem:
             fail(f"--mask {mask}: cannot be read as a picture ({_reason(problem)})")
         if white.size != size:

@@ -579,18 +579,13 @@ def test_flags_override_the_preset_with_either_spelling():
     assert parse("--grad_checkpointing")[1].grad_checkpointing
 
 
-@dataclasses.dataclass(frozen=True)
-class WithData(Toy):
-    # model
-    dataset: str = "digits"          # what is learnt
+def test_a_data_set_takes_the_preset_of_its_name():
+    Config = dataclasses.make_dataclass("Config", [("dataset", str, "digits"), ("T", int, 10)])
+    presets = {"digits": Config(), "sines": Config("sines", 3), "csv": Config("csv:PATH", 5),
+               "smoke": Config(T=2)}
 
-
-def test_a_data_set_takes_the_preset_of_its_name(capsys):
-    presets = {"digits": WithData(), "sines": WithData(dataset="sines", T=3),
-               "csv": WithData(dataset="csv:PATH", T=5), "smoke": WithData(T=2)}
-
-    def read(*argv, presets=presets):
-        cfg, opts = parse_args(WithData, presets, list(argv))
+    def read(*argv):
+        cfg, opts = parse_args(Config, presets, list(argv))
         return cfg.dataset, cfg.T, opts.preset
 
     assert read("--dataset", "sines") == ("sines", 3, "sines")

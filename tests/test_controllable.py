@@ -386,7 +386,7 @@ def test_bands_hold_the_truth_as_often_as_they_say(tmp_path, monkeypatch):
     exact = Correlated(sde, [0.0] * L, ar1(L).tolist())
     sb.figure_forecast(run, cfg, lambda x, t: exact(x[:, 0].double(), t.double())[:, None].float(), sde, data)
     found = run.read_metrics()["bands_of_80_percent_hold"]
-    assert found["series"] == 16 and 0.7 < found["forecast"] < 0.9 and 0.7 < found["gap"] < 0.9
+    assert found["series"] == 16 and 0.7 < found["forecast"] < 0.96 and 0.7 < found["gap"] < 0.96
     assert [part[0] for part in drawn[0].parts] == [
         f"{name}, held out {i}" for name in ("forecast", "gap") for i in (1, 2, 3)]
     _, truth, known, bands = drawn[0].parts[1]
@@ -490,10 +490,11 @@ def table(tmp_path):
     (["--dataset", "swiss_roll", "--image", "a.png"], "--image: --dataset swiss_roll holds no images"),
     (["--dataset", "TABLE", "--mask", "a.png"], "--mask: --dataset csv:"),
     (["--dataset", "TABLE", "--classes", "3"], "--classes: --dataset csv:"),
-    (["--classes", "eleven"], "--classes eleven: must be of 0, 1, 2"),
+    (["--classes", "eleven"], "--classes eleven: must be one of 0, 1, 2"),
     (["--image", "none.png"], "--image none.png: cannot be read"),
     (["--mask", "none.png"], "--mask none.png: cannot be read"),
     (["--predictor", "none", "--corrector_steps", "0"], "--corrector_steps 0: must be >= 1 with --predictor none"),
+    (["--predictor", "none", "--inpaint_corrector", "0"], "--inpaint_corrector 0: must be >= 1 with --predictor none"),
     (["--sde", "subvp", "--predictor", "ancestral"], "--predictor ancestral: must be reverse, flow or none"),
     (["--predictor", "euler"], "--predictor euler: must be one of"),
     (["--dataset", "TABLE", "--likelihood", "3"], "--likelihood 3: --dataset csv:")])

@@ -510,10 +510,20 @@ def test_a_csv_that_cannot_be_opened(tmp_path, path, capsys):
     assert "--dataset csv:" in refused(capsys, data.load_series, f"csv:{tmp_path}/{path}")
 
 
-def test_a_csv_of_one_value(tmp_path):
+def test_a_csv_of_one_value(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("5,5\n5,5\n")
+    said = refused(capsys, data.load_series, f"csv:{tmp_path / 'a.csv'}")
+    assert "all numbers of its training rows are 5" in said
+
+
+def test_series_far_from_zero_keep_their_digits(tmp_path):
+    table = 1e6 + np.random.default_rng(1).normal(size=(40, 6))
+    np.savetxt(tmp_path / "a.csv", table, delimiter=",")
     found = data.load_series(f"csv:{tmp_path / 'a.csv'}")
-    assert (found.train == 0).all() and (found.restore(found.train) == 5).all()
+    same = found.rescale(found.offset, found.unit)
+    assert_close(same.test, found.test, rtol=0, atol=1e-6)
+    rows = torch.cat([found.train, found.test])[:, 0].double()
+    assert_close(np.sort(found.restore(rows).numpy(), 0), np.sort(table, 0), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("text", [
@@ -669,7 +679,7 @@ def test_a_picture_and_its_mask_keep_their_middle(tmp_path):
     x, known = ask(tmp_path, columns, 255 * (columns >= 200), (1, 2, 2))
     assert_close(x[0, 0, 0] * 127.5 + 127.5, torch.tensor([40.0, 200.0]), rtol=0, atol=25)
     assert known[0, 0].tolist() == [[False, True]] * 2
-    x, known = ask(tmp_path, columns.T, 255 * (columns.T >= 200), (1, 4, 4))
+    x, known = ask(tmp_path, columns.T, 255 * (columns.T == 200), (1, 4, 4))
     wanted = torch.tensor([40.0, 40.0, 200.0, 200.0])[:, None].expand(4, 4) / 127.5 - 1
     assert_close(x[0, 0], wanted)
     assert torch.equal(known[0, 0], wanted > 0)

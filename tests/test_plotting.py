@@ -327,8 +327,8 @@ def test_any_points_are_drawn(tmp_path, none_told, name):
 
 
 SERIES = {"one": torch.rand(1, 1, 5), "none": torch.zeros(0, 1, 5), "one number": torch.rand(3, 1, 1),
-          "bad": with_bad(9, 1, 7), "all nan": torch.full((2, 1, 9), NAN), "bfloat16": torch.rand(9, 1, 5).bfloat16(),
-          "huge": torch.full((2, 1, 9), 1e38)}
+          "bad": with_bad(9, 1, 7), "all nan": torch.full((2, 1, 9), NAN),
+          "bfloat16": torch.rand(9, 1, 5).bfloat16(), "huge": torch.full((2, 1, 9), 1e38)}
 
 
 @pytest.mark.filterwarnings("error")
@@ -475,7 +475,7 @@ def test_fans_are_bands_of_pairs_of_quantiles_where_nothing_is_known(monkeypatch
 
 def test_series_stand_one_below_the_other(monkeypatch):
     x = torch.randn(9, 1, 20)
-    axes = axes_of(monkeypatch, lambda: plotting.samples("a.png", x, Data("toy", x, -x), "title"))
+    axes = axes_of(monkeypatch, lambda: plotting.panels("a.png", [("a", x), ("b", -x)], "title"))
     for sign, axis in zip((1, -1), axes, strict=True):
         assert len(axis.lines) == 8
         for i, line in enumerate(axis.lines):
