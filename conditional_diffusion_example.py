@@ -31,7 +31,8 @@ Departures from the papers:
      an unconditional network of its own (`--p_uncond 1`, trained without labels): the
      null class of the other, which sees few pictures, is a poor one;
   6. the networks give v, not eps (`predict`; arXiv 2202.00512): the error of v counts
-     large t for more, where it is decided what a picture shows;
+     large t for more, where it is decided what a picture shows; so does the drawing
+     of t (`drawing`);
   7. a cosine decay of the learning rate, clipped gradients, a shorter average of the
      weights, which follows them faster at first.
 
@@ -101,6 +102,7 @@ class Config:
     dit_patch: int = 4  # side of the DiT's patches, >= 1 (DiT: 2, 4 or 8)
     dit_kernel: int = 3  # patches that make a token, a side, odd, in [1, 99] (DiT: 1)
     # training
+    drawing: Literal["uniform", "logit_normal"] = "logit_normal"  # t (paper: uniform)
     steps: int = 5000  # optimiser steps, >= 1 (DiT: 400000 and more)
     batch_size: int = 32  # pictures a step, over all processes, >= 1 (DiT: 256)
     lr: float = 2e-3  # peak learning rate, > 0 (paper and DiT: 1e-4)
@@ -114,10 +116,11 @@ class Config:
 
 
 DIT = Config(  # [DiT] Table 1 with patches of 2, trained as there, on CIFAR-10's pixels
-    predict="eps", backbone="dit", dit_patch=2, dit_kernel=1, dataset="cifar10",
-    flip=True, steps=400_000, batch_size=256, lr=1e-4, warmup=0, decay="constant",
-    grad_clip=1e9, ema=0.9999, preview_every=5000, w=(0.0, 0.5, 1.5, 3.0),
-    w_samples=0.5, S=250, eta=1.0, clip_x0=False, classifier_steps=50_000)
+    predict="eps", drawing="uniform", backbone="dit", dit_patch=2, dit_kernel=1,
+    dataset="cifar10", flip=True, steps=400_000, batch_size=256, lr=1e-4, warmup=0,
+    decay="constant", grad_clip=1e9, ema=0.9999, preview_every=5000,
+    w=(0.0, 0.5, 1.5, 3.0), w_samples=0.5, S=250, eta=1.0, clip_x0=False,
+    classifier_steps=50_000)
 PRESETS = {
     "laptop": Config(),
     "smoke": Config(
@@ -125,10 +128,11 @@ PRESETS = {
         batch_size=8, warmup=2, preview_every=3, S=5, w=(0.0, 2.0), n_samples=20,
         classifier_steps=4),
     "ddpm_adagn": Config(  # [DDPM]'s CIFAR-10 network, [ADM]'s norm and attention
-        predict="eps", dataset="cifar10", flip=True, channels=128, mults=(1, 2, 2, 2),
-        blocks=2, attention=(16, 8), heads=4, groups=32, dropout=0.1, patch=1,
-        steps=800_000, batch_size=128, lr=2e-4, warmup=5000, decay="constant",
-        ema=0.9999, preview_every=5000, S=25, classifier_steps=50_000),
+        predict="eps", drawing="uniform", dataset="cifar10", flip=True, channels=128,
+        mults=(1, 2, 2, 2), blocks=2, attention=(16, 8), heads=4, groups=32,
+        dropout=0.1, patch=1, steps=800_000, batch_size=128, lr=2e-4, warmup=5000,
+        decay="constant", ema=0.9999, preview_every=5000, S=25,
+        classifier_steps=50_000),
     "dit_s": replace(DIT, dit_width=384, dit_depth=12, dit_heads=6),
     "dit_b": replace(DIT, dit_width=768, dit_depth=12, dit_heads=12),
     "dit_l": replace(DIT, dit_width=1024, dit_depth=24, dit_heads=16),
@@ -199,6 +203,20 @@ def drop_labels(y, p_uncond, null):
     return torch.where(dropped, null, y)  # [CFG] Alg. 1, line 3
 
 
+def draw_t(n, T, drawing="uniform"):
+    """The steps t of a batch, (n,) int64 in 1..T, on the CPU.
+
+    "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle, where it is
+    decided what a picture shows: the logit of t / T is normal (arXiv 2403.03206, Sec.
+    3.1), and each n-th of that distribution gives one, so that batches differ less.
+    """
+    if drawing == "uniform":
+        return torch.randint(1, T + 1, (n,))
+    u = (torch.arange(n) + torch.rand(n)) / n
+    share = torch.sigmoid(torch.special.ndtri(u) - 0.2)
+    return (1 + (T - 1) * share).round().long()
+
+
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
     """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
@@ -207,9 +225,9 @@ def ddpm_loss(model, x0, schedule, t=None, eps=None):
     the bound. t: (B,) int64 in 1..T and eps, like x0, are drawn unless they are given.
     """
     if t is None:
-        t = torch.randint(1, schedule.T + 1, (len(x0),), device=x0.device)
+        t = draw_t(len(x0), schedule.T).to(x0.device)  # [DDPM] Alg. 1, line 3
     if eps is None:
-        eps = torch.randn_like(x0)  # [DDPM] Alg. 1, lines 3 and 4
+        eps = torch.randn_like(x0)  # [DDPM] Alg. 1, line 4
     xt = q_sample(x0, t, eps, schedule.alpha_bars)
     return F.mse_loss(model(xt, t), eps)  # [DDPM] Alg. 1, line 5
 
@@ -222,7 +240,7 @@ def v_loss(model, x0, schedule, t=None, eps=None):
     count for more than in ddpm_loss. Source: arXiv 2202.00512, Sec. 4.
     """
     if t is None:
-        t = torch.randint(1, schedule.T + 1, (len(x0),), device=x0.device)
+        t = draw_t(len(x0), schedule.T).to(x0.device)
     if eps is None:
         eps = torch.randn_like(x0)
     xt = q_sample(x0, t, eps, schedule.alpha_bars)
@@ -775,7 +793,9 @@ class NoisyClassifier(nn.Module):
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))
         h = self.down(self.block1(h, emb))
         h = self.block3(self.attention(self.block2(h, emb)), emb)
-        h = F.adaptive_avg_pool2d(F.silu(self.norm_out(h)), 2)
+        h = F.silu(self.norm_out(h))
+        H, W = h.shape[2:]  # to 2 x 2, by what MPS can do with an odd side as well
+        h = F.avg_pool2d(h, ((H + 1) // 2, (W + 1) // 2), (H // 2, W // 2))
         return self.out(h.flatten(1))
 
 
@@ -817,7 +837,8 @@ def train(cfg, run, data):
     for step in run.training(cfg.steps, model, optimizer, preview, ema=ema.model):
         x0, y = run.batch(data, cfg.batch_size, cfg.flip)  # [CFG] Alg. 1, line 2
         y = drop_labels(y, cfg.p_uncond, null=classes)  # line 3
-        loss = objective(cfg)(partial(model, y=y), x0, schedule)  # lines 4 to 7
+        t = draw_t(len(x0), cfg.T, cfg.drawing).to(run.device)  # line 4
+        loss = objective(cfg)(partial(model, y=y), x0, schedule, t)  # lines 5 to 7
         optimizer.zero_grad()
         run.backward(loss, optimizer, cfg.grad_clip)  # line 7: the gradient, clipped
         optimizer.step()

@@ -86,6 +86,7 @@ class Config:
     dropout: float = 0.0  # in the residual blocks, in [0, 1) (paper: none)
     patch: int = 1  # side of the latent blocks made channels, >= 1 (paper: none, 1)
     # training
+    drawing: Literal["uniform", "logit_normal"] = "logit_normal"  # t (paper: uniform)
     steps: int = 7500  # optimiser steps of stage 2, >= 1 (paper: 410000)
     batch_size: int = 32  # pictures a step, over all processes, >= 1 (paper: 48)
     lr: float = 1e-3  # peak learning rate of stage 2, > 0 (paper: 9.6e-5)
@@ -109,7 +110,7 @@ PRESETS = {
         beta_T=0.0195, dataset="cifar10", flip=True, channels=224, mults=(1, 2, 3, 4),
         blocks=2, attention=(4, 2, 1), heads=7, groups=32, steps=410_000, batch_size=48,
         lr=9.6e-5, warmup=10_000, decay="constant", weight_decay=0.01, ema=0.9999,
-        preview_every=5000, S=500),
+        drawing="uniform", preview_every=5000, S=500),
 }
 
 
@@ -215,6 +216,20 @@ def adversarial_weight(loss, adversary, last_layer):
     return (norm / (norm_adversary + 1e-4)).clamp(0, 1e4).detach()
 
 
+def draw_t(n, T, drawing="uniform"):
+    """The steps t of a batch, (n,) int64 in 1..T, on the CPU.
+
+    "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle, where it is
+    decided what a picture shows: the logit of t / T is normal (arXiv 2403.03206, Sec.
+    3.1), and each n-th of that distribution gives one, so that batches differ less.
+    """
+    if drawing == "uniform":
+        return torch.randint(1, T + 1, (n,))
+    u = (torch.arange(n) + torch.rand(n)) / n
+    share = torch.sigmoid(torch.special.ndtri(u) - 0.2)
+    return (1 + (T - 1) * share).round().long()
+
+
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
     """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
@@ -223,9 +238,9 @@ def ddpm_loss(model, x0, schedule, t=None, eps=None):
     the bound. t: (B,) int64 in 1..T and eps, like x0, are drawn unless they are given.
     """
     if t is None:
-        t = torch.randint(1, schedule.T + 1, (len(x0),), device=x0.device)
+        t = draw_t(len(x0), schedule.T).to(x0.device)  # [DDPM] Alg. 1, line 3
     if eps is None:
-        eps = torch.randn_like(x0)  # [DDPM] Alg. 1, lines 3 and 4
+        eps = torch.randn_like(x0)  # [DDPM] Alg. 1, line 4
     xt = q_sample(x0, t, eps, schedule.alpha_bars)
     return F.mse_loss(model(xt, t), eps)  # [DDPM] Alg. 1, line 5
 
@@ -687,7 +702,8 @@ def train(cfg, run, data):
         moments, _ = run.batch(latents, cfg.batch_size)
         mean, logvar = moments.chunk(2, dim=1)
         z0 = vae.scale * reparameterise(mean, logvar, torch.randn_like(mean))
-        loss = ddpm_loss(model, z0, schedule)  # [LDM] Eq. 2
+        t = draw_t(len(z0), cfg.T, cfg.drawing).to(run.device)
+        loss = ddpm_loss(model, z0, schedule, t)  # [LDM] Eq. 2
         optimizer.zero_grad()
         run.backward(loss, optimizer, cfg.grad_clip)
         optimizer.step()

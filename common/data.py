@@ -221,9 +221,10 @@ def read_csv(name, path):
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            head = file.readline()
-            file.seek(0)
+            lines = (line for line in file if line.strip())
+            head = re.sub('"[^"]*"', "", next(lines, ""))
             mark = max(",;\t", key=head.count)
+            file.seek(0)
             reader = csv.reader(file, delimiter=mark)
             rows = [(reader.line_num, row) for row in reader
                     if any(map(str.strip, row))]

@@ -93,7 +93,7 @@ def read_question(image, mask, shape):
     if mask:
         try:
             with Image.open(os.path.expanduser(mask)) as opened:
-                white = ImageOps.exif_transpose(opened).convert("L")
+                white = _eight_bit(ImageOps.exif_transpose(opened)).convert("L")
         except Exception as problem:
             fail(f"--mask {mask}: cannot be read as a picture ({_reason(problem)})")
         if white.size != size:
@@ -102,11 +102,11 @@ def read_question(image, mask, shape):
         white = ImageOps.fit(white, (W, H), Image.NEAREST)
         known = torch.from_numpy(np.array(white) >= 128)[None, None]
         if known.all():
-            fail(f"--mask {mask}: is white all over, all is known and nothing is left "
-                 "to complete; it must be black somewhere")
+            fail(f"--mask {mask}: is white all over, at {W} x {H} pixels: all is known "
+                 "and nothing is left to complete; it must be black somewhere")
         if not known.any():
-            fail(f"--mask {mask}: is black all over, nothing is known; it must be "
-                 "white somewhere (samples.png shows pictures of nothing known)")
+            fail(f"--mask {mask}: is black all over, at {W} x {H} pixels: nothing is "
+                 "known; it must be white somewhere (samples.png shows such pictures)")
     return x, known
 
 
@@ -130,6 +130,18 @@ def _picture(file, size):
 
     with Image.open(file) as opened:
         picture = ImageOps.exif_transpose(opened)
+    picture = _eight_bit(picture)
+    if picture.mode[-1] in "Aa" or "transparency" in picture.info:
+        above = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
+    fitted = ImageOps.fit(picture.convert("RGB"), (size, size), Image.BILINEAR)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+
+
+def _eight_bit(picture):
+    """A Pillow picture, grey of 8 bits where it was grey of more."""
+    from PIL import Image
+
     if picture.mode[0] in "IF":  # convert() would clip them at 255
         pixels = np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
         low, high = 0, 65535
@@ -137,8 +149,4 @@ def _picture(file, size):
             low, high = pixels.min(), pixels.max()
         scaled = (pixels - low) / (high - low or 1) * 255
         picture = Image.fromarray(scaled.round().astype(np.uint8))
-    if picture.mode[-1] in "Aa" or "transparency" in picture.info:
-        above = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
-    fitted = ImageOps.fit(picture.convert("RGB"), (size, size), Image.BILINEAR)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+    return picture

@@ -395,16 +395,20 @@ def _draw(axis, x, limit=2.3):
 
 @figure
 def fans(path, parts, title):
-    """Series and bands around what is not known of them, three in a row.
+    """Series and bands around what is not known of them, in two rows or three columns.
 
     parts: (subtitle, truth (L,), known (L,) bool, quantiles (Q, L), Q odd).
     """
-    rows = -(-len(parts) // 3)
-    sheet, axes = _axes(min(3, len(parts)), 13, 2.6 * rows, rows)
+    columns = min(3, -(-len(parts) // 2))
+    rows = -(-len(parts) // columns)
+    sheet, axes = _axes(columns, 13, 2.6 * rows, rows)
     for axis, (subtitle, truth, known, quantiles) in zip(axes, parts, strict=False):
         truth, known, quantiles = map(to_numpy, (truth, known, quantiles))
         first = np.flatnonzero(~known)[0]
-        where = np.flatnonzero(~known)
+        near = ~known  # with the known values beside them, from which a fan opens
+        near[1:] |= ~known[:-1]
+        near[:-1] |= ~known[1:]
+        where = np.flatnonzero(near)
         for i in range(len(quantiles) // 2):
             axis.fill_between(where, quantiles[i, where], quantiles[-1 - i, where],
                               color="C0", alpha=0.25, lw=0)

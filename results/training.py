@@ -41,7 +41,8 @@ def main(n=500, at=(500, 1000, 2000, 4000, 8000), folder=ROOT / "results/ddim", 
     rows, labels, found = [], [], {}
     for step in run.training(cfg.steps, model, optimizer, ema=ema.model):
         x0, _ = run.batch(data, cfg.batch_size, cfg.flip)
-        loss = ddim.ddpm_loss(model, x0, schedule)
+        t = ddim.draw_t(len(x0), cfg.T, cfg.drawing).to(run.device)
+        loss = ddim.ddpm_loss(model, x0, schedule, t)
         optimizer.zero_grad()
         run.backward(loss, optimizer, cfg.grad_clip)
         optimizer.step()

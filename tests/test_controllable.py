@@ -151,6 +151,23 @@ def test_every_sampler_is_scored_in_200_calls_by_r_and_by_tolerance(tmp_path, mo
     open_picture(run.path("table1.png"))
 
 
+def test_a_sampler_that_fails_leaves_the_others_their_scores(tmp_path, monkeypatch, capsys):
+    cfg, run, data = opened(tmp_path, "--evaluate", 10)
+    sde, asked = sb.make_sde(cfg), []
+
+    def quality(*args):
+        asked.append(args)
+        if len(asked) == 1:
+            raise FloatingPointError("no numbers")
+        return {"n": 10, "frechet_distance": 2.0, "network_calls": 200}
+
+    monkeypatch.setattr(run, "quality", quality)
+    scores = sb.measure_samplers(run, cfg, "model", sde, data, lambda *args, **how: [])
+    assert list(scores) == list(sb.make_methods(cfg, sde))[1:]
+    assert len(run.read_metrics()["evaluation_by_tolerance"]) == 5
+    assert "Euler–Maruyama: no numbers" in capsys.readouterr().out
+
+
 # A person's own picture and mask
 
 

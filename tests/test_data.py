@@ -528,7 +528,8 @@ def test_series_far_from_zero_keep_their_digits(tmp_path):
 
 @pytest.mark.parametrize("text", [
     "1,2,3\n4,5,6\n", "a,b,c\n1,2,3\n4,5,6", '"x 1";"x 2";"x 3"\r\n"1";2;3\r\n\r\n4;5;"6"\r\n', "1\t2\t3\n4\t5\t6\n",
-    "\ufeff1,2,3\n4, 5 ,6e0\n", '"a, or b",c,d\n1,2,3\n4,5,6'])
+    "\ufeff1,2,3\n4, 5 ,6e0\n", '"a, or b",c,d\n1,2,3\n4,5,6', "\n \n1;2;3\n4;5;6",
+    '"a, or b, or c";"d";"e"\n1;2;3\n4;5;6'])
 def test_a_csv_is_read_as_people_write_it(text, tmp_path):
     (tmp_path / "a.csv").write_bytes(text.encode())
     found = data.read_csv("csv:a.csv", tmp_path / "a.csv")
@@ -690,6 +691,12 @@ def test_a_grey_picture_is_three_equal_channels_for_a_network_of_three(tmp_path)
     x, _ = ask(tmp_path, grey, None, (3, 4, 4))
     assert x.shape == (1, 3, 4, 4) and x.min() == -1 and x.max() == 1
     assert_close(x, (torch.from_numpy(grey) / 127.5 - 1).float().expand(1, 3, 4, 4))
+
+
+def test_a_mask_of_16_bits_is_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.array([[0, 9000], [40000, 65535]], np.uint16)).save(tmp_path / "m.png")
+    _, known = pictures.read_question("", str(tmp_path / "m.png"), (1, 2, 2))
+    assert known.tolist() == [[[[False, False], [True, True]]]]
 
 
 def test_a_mask_is_known_where_it_is_nearer_to_white(tmp_path):

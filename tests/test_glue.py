@@ -407,6 +407,40 @@ def test_one_class_may_be_drawn_and_scored_more_often_than_drawn(smoke_runs, tmp
     assert scored[0].tolist() == [3] * 12
 
 
+@pytest.mark.slow
+@every_script
+@pytest.mark.parametrize("drawing", ["uniform", "logit_normal"])
+def test_t_is_drawn_as_the_setting_says(module, drawing, tmp_path, monkeypatch):
+    name, flag = ("draw_times", "weighting") if module is score_based else ("draw_t", "drawing")
+    if module is score_based:
+        drawing = {"uniform": "simple"}.get(drawing, drawing)
+    asked, given, true, loss = [], [], getattr(module, name), getattr(module, LOSS[module])
+
+    def draw(*args):
+        asked.append((args, true(*args)))
+        return asked[-1][1]
+
+    def watch(*args, **kwargs):
+        if module is not score_based:
+            given.append(args[3])
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, draw)
+    monkeypatch.setattr(module, LOSS[module], watch)
+    monkeypatch.setattr(module, "figure_preview", lambda *args: None)
+    cfg, _, _ = trained(module, tmp_path, f"--{flag}", drawing)
+    assert len(asked) == cfg.steps
+    for (first, second, third), t in asked:
+        n, T = (second, cfg.batch_size) if module is score_based else (first, second)
+        assert third == drawing and n == cfg.batch_size and T in (cfg.batch_size, getattr(cfg, "T", None))
+        assert module is score_based or any(torch.equal(t, each) for each in given)
+    assert getattr(module.Config(), flag) == "logit_normal"
+    for preset, config in module.PRESETS.items():
+        paper = preset not in ("laptop", "smoke")
+        assert getattr(config, flag) == (
+            ("simple" if module is score_based else "uniform") if paper else "logit_normal")
+
+
 # The networks
 
 

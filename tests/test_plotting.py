@@ -463,13 +463,14 @@ def test_fans_are_bands_of_pairs_of_quantiles_where_nothing_is_known(monkeypatch
     truth, known = torch.arange(6.0), torch.tensor([True, True, False, False, False, True])
     quantiles = torch.arange(5.0)[:, None] + torch.arange(6.0)
     axes = axes_of(monkeypatch, lambda: plotting.fans("a.png", [("part", truth, known, quantiles)] * 4, "title"))
-    assert len(axes) == 6  # two rows of three
+    assert len(axes) == 4  # two rows of two
     outer, inner = axes[3].collections
     for band, (low, high) in ((outer, (0, 4)), (inner, (1, 3))):
         corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
-        assert {(float(i), float(i + level)) for i in (2, 3, 4) for level in (low, high)} == corners
+        assert {(float(i), float(i + level)) for i in range(1, 6) for level in (low, high)} == corners
     median, line, edge = axes[3].lines
-    assert median.get_xdata().tolist() == [2, 3, 4] and median.get_ydata().tolist() == [4, 5, 6]
+    assert median.get_xdata().tolist() == [1, 2, 3, 4, 5]  # from the known values on both sides
+    assert median.get_ydata().tolist() == [3, 4, 5, 6, 7]
     assert line.get_ydata().tolist() == truth.tolist() and list(edge.get_xdata()) == [2, 2]
 
 

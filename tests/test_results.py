@@ -15,6 +15,7 @@ from conftest import ROOT, open_picture, open_run, spied
 
 sys.path.insert(0, str(ROOT / "results"))
 import guidance  # noqa: E402
+import race  # noqa: E402
 import sdes  # noqa: E402
 import training  # noqa: E402
 import unique_codes  # noqa: E402
@@ -55,6 +56,41 @@ def test_training_trains_as_the_script_does(tmp_path, monkeypatch):
     wanted = ddim.train(cfg, run, data)
     for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_the_race_trains_for_its_budget_and_scores_both_samplers(tmp_path, monkeypatch, capsys):
+    clock, trained, drawn = [0.0], [], []
+    monkeypatch.setattr(race.time, "process_time", lambda: clock[0])
+
+    def train(cfg, run, data):  # 3 s to begin with, half a second a step
+        clock[0] += 3 + cfg.steps / 2
+        trained.append(cfg)
+        return lambda x, t: torch.zeros_like(x)
+
+    monkeypatch.setattr(race.ddpm, "train", train)
+    spied(monkeypatch, race.ddpm, "sample", lambda given, _: drawn.append(("T", given)))
+    spied(monkeypatch, race.ddim, "ddim_sample", lambda given, _: drawn.append(("25", given)))
+    argv = ["--minutes", "2", "1", "--n", "120", "--preset", "smoke", "--device", "cpu", "--drawing", "uniform",
+            "--T", "30", "--variance", "beta"]
+    rows = race.main(argv, folder=tmp_path)
+    assert [cfg.steps for cfg in trained] == [1, 61, 114, 1, 61, 234]
+    assert all(cfg.drawing == "uniform" and cfg.channels == 8 for cfg in trained)
+    assert [row["cpu_minutes"] for row in rows] == [1.0, 2.0] and [row["steps"] for row in rows] == [114, 234]
+    for name in race.SAMPLERS:
+        assert rows[0][name]["n"] == 120 and 0 <= rows[0][name]["legible"] <= 1
+    of_T, of_25 = ([given for which, given in drawn if which == name] for name in ("T", "25"))
+    assert [len(given["xT"]) for given in of_T] == [100, 20] * 2
+    for a, b in zip(of_T, of_25, strict=True):
+        assert torch.equal(a["xT"], b["xT"]) and a["variance"] == "beta" and (b["S"], b["eta"]) == (25, 0.0)
+        assert a["schedule"].T == b["schedule"].T == 30
+    kept = json.loads((tmp_path / "race.json").read_text())
+    assert kept["rows"] == json.loads(json.dumps(rows)) and "--drawing" in kept["flags"]
+    open_picture(tmp_path / "race.png")
+    assert capsys.readouterr().out.count("CPU minutes, 234 steps") == 2
+    (tmp_path / "race.json").unlink()
+    race.main([*argv, "--no_keep"], folder=tmp_path)
+    assert not (tmp_path / "race.json").exists()
 
 
 @pytest.mark.slow

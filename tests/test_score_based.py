@@ -287,6 +287,25 @@ def test_likelihood_weighting_draws_its_weight(name):
         assert drawn.std() < 0.1 * drawn.mean()  # at uniform t it is as large as the mean
 
 
+def test_logit_normal_times_are_the_sigmoid_of_a_normal_one_in_each_nth():
+    sde = sb.VESDE()
+    t = torch.stack([sb.draw_times(sde, 64, "logit_normal")[0] for _ in range(500)])
+    assert sb.draw_times(sde, 64, "logit_normal")[1] == 1.0
+    assert t.dtype == torch.float32 and sde.eps_train <= t.min() and t.max() <= sde.T
+    z = torch.logit(t.double())
+    assert z.mean() == pytest.approx(-0.2, abs=0.01) and z.std() == pytest.approx(1, abs=0.02)
+    below = (t < torch.sigmoid(torch.tensor(-0.2))).double().mean(1)
+    assert (below - 0.5).abs().max() < 0.02  # of independent draws 0.2 would be usual
+
+
+def test_logit_normal_times_leave_the_loss_of_one_t_as_it_is():
+    sde, x0, t = sb.VESDE(), torch.randn(5, 3), torch.rand(5)
+    eps = torch.randn_like(x0)
+    losses = [sb.score_loss(lambda x, c: x.cos(), sde, x0, weighting, t, eps).item()
+              for weighting in ("simple", "logit_normal", "likelihood")]
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_loss_draws_t_over_the_whole_range():
     seen = []
 

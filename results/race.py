@@ -1,0 +1,116 @@
+"""The race: how legible digits are after 1, 2, 5, 10 and 20 CPU minutes of training.
+
+    python results/race.py                              the default of ddpm_example.py
+    python results/race.py --minutes 2 10 --no_keep --drawing uniform    another setting
+
+A CPU minute is one minute of one core: those of all cores are added up. For each budget
+the number of steps that it pays for is measured, a network is trained for so many, with
+the learning rate's decay fitted to them, and 500 samples are drawn in T steps (Alg. 2
+of DDPM) and in 25 steps of DDIM, eta = 0. All that is not known here is a flag of
+ddpm_example.py. Writes results/ddpm/race.json and race.png; --no_keep: prints only.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import ddim_example as ddim  # noqa: E402
+import ddpm_example as ddpm  # noqa: E402
+from common import metrics, plotting  # noqa: E402
+from common.data import load_images  # noqa: E402
+from common.device import seeded  # noqa: E402
+from common.runs import open_run  # noqa: E402
+
+import torch  # noqa: E402
+
+SAMPLERS = {"T steps": "DDPM, T steps", "25 steps": "DDIM, 25 steps, eta = 0"}
+
+
+def trained(minutes, data, flags):
+    """(cfg, network, CPU seconds) of a training of so many CPU minutes."""
+    def train(steps):
+        cfg, run = open_run("ddpm", ddpm.Config, ddpm.PRESETS,
+                            [*flags, f"--steps={steps}", f"--preview_every={steps}"])
+        begin = time.process_time()
+        model = ddpm.train(cfg, run, data)
+        if run.stopped:
+            sys.exit(130)
+        return cfg, model, time.process_time() - begin
+
+    _, _, start = train(1)  # and what starting and saving cost
+    _, _, some = train(61)
+    cost = (some - start) / 60
+    return train(max(1, 1 + round((60 * minutes - start) / cost)))
+
+
+def scores(cfg, model, data, n):
+    """{sampler: what metrics.quality says of n samples}, both from the same noises."""
+    schedule = ddpm.make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T)
+    schedule = schedule.to(data.train.device)
+    with seeded(0, data.train.device):
+        xT = torch.randn(n, *data.shape).to(data.train.device)
+        drawn = {"T steps": [ddpm.sample(model, part.shape, schedule, cfg.variance,
+                                         cfg.clip_x0, part) for part in xT.split(100)],
+                 "25 steps": [ddim.ddim_sample(model, part.shape, schedule, min(25, cfg.T),
+                                               xT=part) for part in xT.split(100)]}
+    return {name: metrics.quality(torch.cat(x), data) for name, x in drawn.items()}
+
+
+def figure(path, rows):
+    """race.png: legible and Fréchet distance against CPU minutes."""
+    minutes = [row["cpu_minutes"] for row in rows]
+
+    def lines(key, hidden=""):
+        return {hidden + words: (minutes, [row[name][key] for row in rows], "o-")
+                for name, words in SAMPLERS.items()}
+
+    n = rows[0]["T steps"]["n"]
+    of_data = rows[0]["T steps"]["legible_of_held_out"]
+    plotting.curves(path, [
+        {"lines": lines("legible"), "levels": {"held-out digits": of_data},
+         "xlabel": "CPU minutes", "xscale": "log", "ylim": (0, 1), "title": "legible"},
+        {"lines": lines("frechet_distance", "_"), "xlabel": "CPU minutes",
+         "xscale": "log", "yscale": "log", "title": "Fréchet distance in features"}],
+        f"{n} samples after so much training")
+
+
+def main(argv=None, folder=ROOT / "results/ddpm"):
+    """Run the race; a row a budget is printed, and written as soon as it is there."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     allow_abbrev=False)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1, 2, 5, 10, 20])
+    parser.add_argument("--n", type=int, default=500, help="samples")
+    parser.add_argument("--no_keep", action="store_true", help="print only")
+    opts, flags = parser.parse_known_args(argv)
+    rows = []
+    for minutes in sorted(opts.minutes):
+        with tempfile.TemporaryDirectory() as out:
+            where = [f"--out={out}", *flags]
+            cfg, run = open_run("ddpm", ddpm.Config, ddpm.PRESETS, where)
+            data = run.load(load_images(cfg.dataset, cfg.image_size))
+            cfg, model, seconds = trained(minutes, data, where)
+        rows.append({"cpu_minutes": seconds / 60, "steps": cfg.steps,
+                     **scores(cfg, model, data, opts.n)})
+        for name, words in SAMPLERS.items():
+            found = rows[-1][name]
+            print(f"{seconds / 60:.1f} CPU minutes, {cfg.steps} steps, {words}: "
+                  f"{found['legible']:.1%} legible, distance "
+                  f"{found['frechet_distance']:.1f}, precision {found['precision']:.2f}, "
+                  f"recall {found['recall']:.2f}, to the nearest of the training part "
+                  f"{found['nearest_train_rms']:.3f} (held-out digits: "
+                  f"{found['nearest_train_rms_of_held_out']:.3f}), classes "
+                  f"{found['classes']}", flush=True)
+        if not opts.no_keep:
+            (folder / "race.json").write_text(json.dumps(
+                {"flags": flags, "rows": rows}, indent=2) + "\n")
+            figure(folder / "race.png", rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
