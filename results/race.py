@@ -4,8 +4,8 @@
     python results/race.py --minutes 2 10 --no_keep --drawing uniform    another setting
 
 A CPU minute is one minute of one core: those of all cores are added up. For each budget
-the number of steps that it pays for is measured, a network is trained for so many, with
-the learning rate's decay fitted to them, and 500 samples are drawn in T steps (Alg. 2
+the number of steps that it pays for is estimated from 200, a network is trained for so
+many, with the learning rate's decay fitted to them (what that took is reported), and 500 samples are drawn in T steps (Alg. 2
 of DDPM) and in 25 steps of DDIM, eta = 0. All that is not known here is a flag of
 ddpm_example.py. Writes results/ddpm/race.json and race.png; --no_keep: prints only.
 """
@@ -43,8 +43,8 @@ def trained(minutes, data, flags):
         return cfg, model, time.process_time() - begin
 
     _, _, start = train(1)  # and what starting and saving cost
-    _, _, some = train(61)
-    cost = (some - start) / 60
+    _, _, some = train(201)
+    cost = (some - start) / 200
     return train(max(1, 1 + round((60 * minutes - start) / cost)))
 
 

@@ -74,7 +74,7 @@ def test_the_race_trains_for_its_budget_and_scores_both_samplers(tmp_path, monke
     argv = ["--minutes", "2", "1", "--n", "120", "--preset", "smoke", "--device", "cpu", "--drawing", "uniform",
             "--T", "30", "--variance", "beta"]
     rows = race.main(argv, folder=tmp_path)
-    assert [cfg.steps for cfg in trained] == [1, 61, 114, 1, 61, 234]
+    assert [cfg.steps for cfg in trained] == [1, 201, 114, 1, 201, 234]
     assert all(cfg.drawing == "uniform" and cfg.channels == 8 for cfg in trained)
     assert [row["cpu_minutes"] for row in rows] == [1.0, 2.0] and [row["steps"] for row in rows] == [114, 234]
     for name in race.SAMPLERS:
