@@ -371,12 +371,14 @@ def draw_times(sde, n, weighting="simple"):
     g^2 / std^2, the weight of eps_hat's error, which grows like 1 / t: the weight is
     drawn, not multiplied, and the loss keeps a small variance (arXiv 2101.09258).
     "logit_normal": more of the middle, where it is decided what a sample shows: the
-    logit of t / T is normal (arXiv 2403.03206, Sec. 3.1), and each n-th of that
-    distribution gives one, so that batches differ less. The factor is 1 all the same.
+    logit of t / T is normal (arXiv 2403.03206, Sec. 3.1), one in each n-th of that
+    distribution, so that batches differ less; one in four is uniform all the same,
+    since small t make the likelihood. The factor stays 1.
     """
     u = torch.rand(n)
     if weighting == "logit_normal":
         share = torch.sigmoid(torch.special.ndtri((torch.arange(n) + u) / n) - 0.2)
+        share = torch.where(torch.rand(n) < 0.25, torch.rand(n), share)
         return sde.eps_train + (sde.T - sde.eps_train) * share, 1.0
     if weighting == "simple":
         return sde.eps_train + (sde.T - sde.eps_train) * u, 1.0

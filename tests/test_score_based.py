@@ -287,15 +287,16 @@ def test_likelihood_weighting_draws_its_weight(name):
         assert drawn.std() < 0.1 * drawn.mean()  # at uniform t it is as large as the mean
 
 
-def test_logit_normal_times_are_the_sigmoid_of_a_normal_one_in_each_nth():
-    sde = sb.VESDE()
-    t = torch.stack([sb.draw_times(sde, 64, "logit_normal")[0] for _ in range(500)])
+def test_logit_normal_times_are_three_of_four_the_sigmoid_of_a_normal_one_in_each_nth():
+    sde, normal = sb.VESDE(), torch.distributions.Normal(-0.2, 1)
+    t = torch.stack([sb.draw_times(sde, 64, "logit_normal")[0] for _ in range(1000)])
     assert sb.draw_times(sde, 64, "logit_normal")[1] == 1.0
-    assert t.dtype == torch.float32 and sde.eps_train <= t.min() and t.max() <= sde.T
-    z = torch.logit(t.double())
-    assert z.mean() == pytest.approx(-0.2, abs=0.01) and z.std() == pytest.approx(1, abs=0.02)
-    below = (t < torch.sigmoid(torch.tensor(-0.2))).double().mean(1)
-    assert (below - 0.5).abs().max() < 0.02  # of independent draws 0.2 would be usual
+    assert t.dtype == torch.float32 and sde.eps_train <= t.min() < 1e-3 and 0.999 < t.max() <= sde.T
+    for share in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99):
+        below = (t <= share).double().mean(1)
+        wanted = 0.25 * share + 0.75 * normal.cdf(torch.logit(torch.tensor(share))).item()
+        assert below.mean() == pytest.approx(wanted, abs=0.006)
+    assert (t <= 0.5).double().mean(1).std() < 0.053  # of independent draws 0.062
 
 
 def test_logit_normal_times_leave_the_loss_of_one_t_as_it_is():
