@@ -337,7 +337,7 @@ def test_a_rate_of_1e38_for_one_step_is_one_line(script, tmp_path, capsys):
 
 
 def test_a_gradient_that_is_not_finite_under_a_finite_loss(tmp_path, capsys, monkeypatch):
-    def loss(model, x0, schedule):
+    def loss(model, x0, schedule, t):
         x = next(model.parameters())
         return (x * 0).sum() + (x * 0).sqrt().sum()  # the slope of the root at 0
 

@@ -180,7 +180,7 @@ def test_score_training_draws_t_up_to_T(tmp_path, monkeypatch):
         return true(model, sde, xt, t)
 
     monkeypatch.setattr(score_based, "network_eps", spy)
-    trained(score_based, tmp_path, "--batch_size", "64", "--preview_every", "100")
+    trained(score_based, tmp_path, "--batch_size", "64", "--preview_every", "100", "--weighting", "simple")
     t = torch.cat(seen)
     assert len(t) == 6 * 64 and t.min() < 0.02 and 0.98 < t.max() <= 1
     assert abs(t.mean() - 0.5) < 0.06
