@@ -209,7 +209,7 @@ def draw_t(n, T, drawing="uniform"):
     "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle, where it is
     decided what a picture shows: the logit of t / T is normal (arXiv 2403.03206, Sec.
     3.1), one in each n-th of that distribution, so that batches differ less. One in
-    four is uniform all the same: small t make the bound, and last strokes.
+    four is uniform all the same: small t make the bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))

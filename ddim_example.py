@@ -16,7 +16,7 @@ Departures from the paper; `--preset paper` keeps 4 and the second half of 5:
   3. a cosine decay of the learning rate, a shorter average of the weights;
   4. the average follows the weights faster in the first steps (EMA);
   5. x0_hat is clamped to [-1, 1] (`clip_x0`); tau ends in T, in the code below it;
-  6. training draws more of the middle t (`drawing`): worth three times the steps;
+  6. training draws more of the middle t (`drawing`; results/ideas.md);
   7. eps_hat is scaled up while sampling (`eps_scale`), not in encoding.
 
 How long it takes, what it draws and how good that is: results/ and README.md.
@@ -152,7 +152,7 @@ def draw_t(n, T, drawing="uniform"):
     "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle, where it is
     decided what a picture shows: the logit of t / T is normal (arXiv 2403.03206, Sec.
     3.1), one in each n-th of that distribution, so that batches differ less. One in
-    four is uniform all the same: small t make the bound, and last strokes.
+    four is uniform all the same: small t make the bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))

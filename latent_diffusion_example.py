@@ -15,7 +15,8 @@ Departures from the paper; `--preset paper` keeps 1, 4 and 5:
      with a hinge loss as in the code, is off unless `adversarial` is set;
   2. small networks, the autoencoder's on 2x2 blocks of pixels (`vae_patch`), squared
      error, a KL weight of 0.01: 1e-6 goes with the paper's large perceptual term;
-  3. a cosine decay of the learning rates and a shorter average of the weights;
+  3. a cosine decay of the learning rates, a shorter average of the weights, training
+     on more of the middle t (`drawing`);
   4. no codebook (App. G, ii) and no conditioning (Sec. 3.3); the U-Net is [DDPM]'s;
   5. the scale is that of all training pictures, the paper's is of one batch;
   6. linear betas, as in [DDPM]: the linear square roots of the code, which keep more of
@@ -222,7 +223,7 @@ def draw_t(n, T, drawing="uniform"):
     "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle, where it is
     decided what a picture shows: the logit of t / T is normal (arXiv 2403.03206, Sec.
     3.1), one in each n-th of that distribution, so that batches differ less. One in
-    four is uniform all the same: small t make the bound, and last strokes.
+    four is uniform all the same: small t make the bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
