@@ -1189,11 +1189,11 @@ def train_classifier(cfg, run, sde, data):
 
 @torch.no_grad()
 def process(cfg, score, sde, xT, calls=None):
-    """The sampler that cfg names, from the noise xT, yields (t, x_t).
+    """The sampler that cfg names, from the noise xT at its temperature: (t, x_t).
 
     In cfg.N steps, or in about as many calls of the network (rk45: as it needs).
     """
-    steps, name = calls or cfg.N, cfg.sampler
+    xT, steps, name = cfg.temperature * xT, calls or cfg.N, cfg.sampler
     if name in ("rk45", "rk4"):
         for t, x in ode_process(score, sde, xT, sde.T, sde.eps, name,
                                 max(1, steps // 4), cfg.tolerance):
@@ -1754,7 +1754,7 @@ def main(argv=None):
 
     def states(batch, cfg=cfg, calls=None):
         xT = sde.prior_sampling((len(batch), *data.shape))
-        return process(cfg, score, sde, cfg.temperature * xT, calls)
+        return process(cfg, score, sde, xT, calls)
 
     times, size = {1: (100, 10_000), 2: (5, 1000), 3: (1, 100)}[kind]
     samples, timing = run.draw(times * cfg.n_samples, states, model, cfg.N, size)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from common import plotting, runs
-from common.data import load_images
+from common.data import load_data
 
 import numpy as np
 import pytest
@@ -105,7 +105,21 @@ def open_run(module, out, *argv):
     """(cfg, run, data) of a script's smoke preset with a few more arguments, as its main makes them."""
     argv = ["--preset", "smoke", "--device", "cpu", "--out", str(out), *map(str, argv)]
     cfg, run = runs.open_run(script_name(module), module.Config, module.PRESETS, argv)
-    return cfg, run, run.load(load_images(cfg.dataset, cfg.image_size))
+    return cfg, run, run.load(load_data(cfg.dataset, cfg.image_size))
+
+
+@pytest.fixture(scope="session")
+def run_of(tmp_path_factory):
+    """{data set: folder} of smoke runs of the score-based script: pictures, points, series."""
+    import score_based_diffusion_example as score_based  # not every test needs it
+
+    folders = {}
+    for name in ("digits8", "gaussians", "sines"):
+        cfg, run, data = open_run(score_based, tmp_path_factory.mktemp(name), "--dataset", name,
+                                  "--preview_every", 100)
+        score_based.train(cfg, run, data)
+        folders[name] = run.folder
+    return folders
 
 
 def environment():

@@ -171,17 +171,6 @@ def test_a_sampler_that_fails_leaves_the_others_their_scores(tmp_path, monkeypat
 # A person's own picture and mask
 
 
-@pytest.fixture(scope="module")
-def run_of(tmp_path_factory):
-    """{name: folder} of smoke runs on 8x8 digits and on series."""
-    folders = {}
-    for name in ("digits8", "sines"):
-        cfg, run, data = opened(tmp_path_factory.mktemp(name), "--dataset", name, "--preview_every", 100)
-        sb.train(cfg, run, data)
-        folders[name] = run.folder
-    return folders
-
-
 @pytest.mark.slow
 def test_a_person_s_picture_is_completed_where_the_mask_is_black(run_of, tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)

@@ -17,7 +17,7 @@ from common.data import POINTS, load_data, load_points
 import numpy as np
 import pytest
 import torch
-from conftest import only_run, open_picture, run_script
+from conftest import only_run, open_picture, open_run, run_script
 from scipy.integrate import solve_ivp as reference_solve_ivp
 from torch.testing import assert_close
 
@@ -89,11 +89,7 @@ class Bounded:
         return self.score(x, t)
 
 
-def opened(out, *argv):
-    """(cfg, run, data) of the smoke preset with a few more arguments, as main makes them."""
-    argv = ["--preset", "smoke", "--device", "cpu", "--out", str(out), *map(str, argv)]
-    cfg, run = runs.open_run("score_based", sb.Config, sb.PRESETS, argv)
-    return cfg, run, run.load(load_data(cfg.dataset, cfg.image_size))
+opened = functools.partial(open_run, sb)
 
 
 def spy(monkeypatch, owner, name, answer=None):
@@ -1135,6 +1131,14 @@ def test_process_spends_the_calls_that_it_is_given(sampler, monkeypatch):
     assert score.calls == (101 if sampler == "rk4" else 100)
 
 
+@pytest.mark.parametrize("sampler", PARTS)
+def test_process_starts_at_the_temperature(sampler):
+    """So that every figure that draws by the settings does."""
+    sde = sb.VPSDE()
+    x, cfg = noise(sde, 3), replace(SMALL, sampler=sampler, temperature=0.3)
+    assert_close(next(sb.process(cfg, gaussian(sde), sde, x))[1], 0.3 * x)
+
+
 def test_process_needs_no_gradient():
     sde = sb.VPSDE()
     weight = torch.nn.Parameter(torch.ones(1).double())
@@ -1513,17 +1517,6 @@ class Enough(Exception):
     """All that a test wants to see of main has happened."""
 
 
-@pytest.fixture(scope="module")
-def run_of(tmp_path_factory):
-    """{name: folder} of a smoke run on 8x8 digits and of one on points."""
-    folders = {}
-    for name in ("digits8", "gaussians"):
-        cfg, run, data = opened(tmp_path_factory.mktemp(name), "--dataset", name, "--preview_every", 100)
-        sb.train(cfg, run, data)
-        folders[name] = run.folder
-    return folders
-
-
 @pytest.fixture
 def drawn(run_of, tmp_path, monkeypatch):
     """draw(*flags): what --sample with these flags did up to its samples."""
@@ -1564,7 +1557,7 @@ def test_main_draws_with_the_sampling_flags(drawn):
 def test_main_starts_from_noise_times_the_temperature(drawn):
     for temperature in (0.0, 0.6, 1.0):
         found = drawn("--sampler", "em", "--N", "1", "--temperature", str(temperature))
-        assert_close(found.process[0].xT, torch.full((4, 1, 8, 8), temperature))
+        assert_close(found.em_step[0].x, torch.full((4, 1, 8, 8), temperature))
 
 
 def test_main_clamps_x0_hat_of_pictures_as_asked(drawn):
