@@ -81,6 +81,7 @@ class Config:
     spacing: Literal["linear", "quadratic"] = "linear"  # of the DDIM steps
     variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # of the ancestral step
     clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: yes)
+    temperature: float = 1.0  # factor of all noise in sampling, in [0, 2] (paper: 1)
     n_samples: int = 500  # pictures drawn where `classes` names none, in [1, 1e6]
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: imagenet)
@@ -308,17 +309,18 @@ def classifier_guided_eps(model, classifier, xt, t, y, s, alpha_bars, clip_x0=Fa
 
 @torch.no_grad()
 def classifier_guided_process(model, classifier, xT, schedule, y, s,
-                              variance="beta_tilde", clip_x0=True):
+                              variance="beta_tilde", clip_x0=True, temperature=1.0):
     """reverse_process of the unconditional network, guided by a classifier.
 
     y: (B,) int64, s: number or (B,). Source: [ADM] Alg. 1.
     """
-    xt, unconditional = xT, partial(model, y=torch.full_like(y, model.classes))
+    unconditional = partial(model, y=torch.full_like(y, model.classes))
+    xt = temperature * xT
     for t in range(schedule.T, 0, -1):
         yield t, xt
         mean, sigma2 = p_theta(unconditional, xt, t, schedule, variance, clip_x0)
         gradient = classifier_gradient(classifier, xt, torch.full_like(y, t), y)
-        z = torch.randn_like(xt) if t > 1 else torch.zeros_like(xt)
+        z = temperature * torch.randn_like(xt) if t > 1 else torch.zeros_like(xt)
         # the gradient at x_t, as printed and coded; Eq. 5, 6 derive it at the mean
         mean = mean + per_image(s, xt) * sigma2 * gradient  # [ADM] Alg. 1, Eq. 10
         xt = mean + sigma2.sqrt() * z
@@ -327,7 +329,7 @@ def classifier_guided_process(model, classifier, xT, schedule, y, s,
 
 def guided_process(model, xT, schedule, y, w=2.0, guidance="classifier_free",
                    classifier=None, sampler="ddim", S=10, eta=0.0, spacing="linear",
-                   variance="beta_tilde", clip_x0=True):
+                   variance="beta_tilde", clip_x0=True, temperature=1.0):
     """From noise xT: (B, C, H, W) to images of the classes y: (B,), yields (t, x_t).
 
     guidance: "classifier_free" with the weight w, number or (B,); "classifier" with the
@@ -337,27 +339,29 @@ def guided_process(model, xT, schedule, y, w=2.0, guidance="classifier_free",
     s = 1 + torch.as_tensor(w)
     if guidance == "classifier" and sampler == "ancestral":
         return classifier_guided_process(
-            model, classifier, xT, schedule, y, s, variance, clip_x0)
+            model, classifier, xT, schedule, y, s, variance, clip_x0, temperature)
     if guidance == "classifier":
         eps = partial(classifier_guided_eps, model, classifier, y=y, s=s,
                       alpha_bars=schedule.alpha_bars, clip_x0=clip_x0)
-        return ddim_process(eps, xT, schedule, S, eta, spacing, clip_x0=False)
+        how = S, eta, spacing, False, temperature
+        return ddim_process(eps, xT, schedule, *how)
     if guidance == "classifier_free":
         eps = partial(cfg_eps, model, y=y, w=w)
     else:
         eps = partial(model, y=y)
     if sampler == "ddim":
-        return ddim_process(eps, xT, schedule, S, eta, spacing, clip_x0)
-    return reverse_process(eps, xT, schedule, variance, clip_x0)
+        return ddim_process(eps, xT, schedule, S, eta, spacing, clip_x0, temperature)
+    return reverse_process(eps, xT, schedule, variance, clip_x0, temperature)
 
 
 def sample(model, shape, schedule, y, w=2.0, guidance="classifier_free",
            classifier=None, sampler="ddim", S=10, eta=0.0, spacing="linear",
-           variance="beta_tilde", clip_x0=True, xT=None):
+           variance="beta_tilde", clip_x0=True, xT=None, temperature=1.0):
     """The images (B, C, H, W) that guided_process ends with; xT is drawn when None."""
     xT = torch.randn(shape, device=schedule.betas.device) if xT is None else xT
     for _, xt in guided_process(model, xT, schedule, y, w, guidance, classifier,
-                                sampler, S, eta, spacing, variance, clip_x0):
+                                sampler, S, eta, spacing, variance, clip_x0,
+                                temperature):
         pass  # the last state is x_0
     return xt
 
@@ -403,19 +407,24 @@ def p_theta(model, xt, t, schedule, variance="beta_tilde", clip_x0=True):
 
 
 @torch.no_grad()
-def p_sample(model, xt, t, schedule, variance="beta_tilde", clip_x0=True):
+def p_sample(model, xt, t, schedule, variance="beta_tilde", clip_x0=True,
+             temperature=1.0):
     """One reverse step x_t -> x_{t-1}. xt: (B, C, H, W), t: int in 1..T."""
     mean, sigma2 = p_theta(model, xt, t, schedule, variance, clip_x0)
-    z = torch.randn_like(xt) if t > 1 else torch.zeros_like(xt)
+    z = temperature * torch.randn_like(xt) if t > 1 else torch.zeros_like(xt)
     return mean + sigma2.sqrt() * z  # [DDPM] Alg. 2, lines 3 and 4
 
 
-def reverse_process(model, xT, schedule, variance="beta_tilde", clip_x0=True):
-    """Yields (T, x_T), (T - 1, x_{T-1}), ..., (0, x_0) from noise xT. [DDPM] Alg. 2."""
-    xt = xT
+def reverse_process(model, xT, schedule, variance="beta_tilde", clip_x0=True,
+                    temperature=1.0):
+    """Yields (T, x_T), (T - 1, x_{T-1}), ..., (0, x_0) from noise xT. [DDPM] Alg. 2.
+
+    temperature: factor of all noise, that of x_T and z; the paper's is 1.
+    """
+    xt = temperature * xT
     for t in range(schedule.T, 0, -1):  # [DDPM] Alg. 2, line 2
         yield t, xt
-        xt = p_sample(model, xt, t, schedule, variance, clip_x0)
+        xt = p_sample(model, xt, t, schedule, variance, clip_x0, temperature)
     yield 0, xt
 
 
@@ -446,14 +455,17 @@ def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None):
 
 @torch.no_grad()
 def ddim_process(model, xT, schedule, S=50, eta=0.0, spacing="linear", clip_x0=True,
-                 step=ddim_step):
-    """Yields (t, x_t) along tau from T down, then (0, x_0). [DDIM] Eq. 12, Sec. 4.2."""
-    xt, alpha_bars = xT, schedule.alpha_bars
+                 temperature=1.0, step=ddim_step):
+    """Yields (t, x_t) along tau from T down, then (0, x_0). [DDIM] Eq. 12, Sec. 4.2.
+
+    temperature: factor of all noise, that of x_T and z; the paper's is 1.
+    """
+    xt, alpha_bars = temperature * xT, schedule.alpha_bars
     tau = [0, *ddim_timesteps(schedule.T, S, spacing)]
     for i in range(S, 0, -1):
         yield tau[i], xt
         eps_hat = predict_eps(model, xt, tau[i], alpha_bars, clip_x0)
-        z = torch.randn_like(xt) if eta > 0 else None
+        z = temperature * torch.randn_like(xt) if eta > 0 else None
         xt = step(xt, eps_hat, tau[i], tau[i - 1], alpha_bars, eta, z)
     yield 0, xt
 
@@ -1119,7 +1131,8 @@ def main(argv=None):
 
     largest_n = max(cfg.n_samples, run.opts.evaluate or 0)
     y = torch.tensor(classes, device=run.device).repeat(largest_n)  # enough for each n
-    names = "guidance", "sampler", "S", "eta", "spacing", "variance", "clip_x0"
+    names = ("guidance", "sampler", "S", "eta", "spacing", "variance", "clip_x0",
+             "temperature")
     settings = {name: getattr(cfg, name) for name in names} | {"classifier": classifier}
 
     def states(batch):

@@ -17,7 +17,7 @@ Departures from the paper; `--preset paper` keeps 4 and the second half of 5:
   4. the average follows the weights faster in the first steps (EMA);
   5. x0_hat is clamped to [-1, 1] (`clip_x0`); tau ends in T, in the code below it;
   6. training draws more of the middle t (`drawing`; results/ideas.md);
-  7. eps_hat is scaled up while sampling (`eps_scale`), not in encoding.
+  7. x_T and z are drawn smaller while sampling (`temperature`), not in encoding.
 
 How long it takes, what it draws and how good that is: results/ and README.md.
 """
@@ -53,7 +53,7 @@ class Config:
     spacing: Literal["linear", "quadratic"] = "linear"  # of the steps (paper: both)
     sigma_hat: bool = False  # with eta 1: the larger noise, Sec. 5 (paper: Table 1)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: no)
-    eps_scale: float = 1.15  # factor of eps_hat in sampling, in [0.5, 2] (paper: 1)
+    temperature: float = 0.8  # factor of all noise in sampling, in [0, 2] (paper: 1)
     n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: cifar10)
@@ -91,7 +91,7 @@ PRESETS = {
         attention=(16,), groups=32, dropout=0.1, patch=1, steps=800_000, batch_size=128,
         lr=2e-4, warmup=5000, decay="constant", ema=0.9999, preview_every=5000,
         drawing="uniform",
-        S=100, spacing="quadratic", clip_x0=False, eps_scale=1.0),
+        S=100, spacing="quadratic", clip_x0=False, temperature=1.0),
 }
 
 
@@ -199,16 +199,6 @@ def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
     return eps_hat
 
 
-def scaled(model, scale):
-    """The network with its eps_hat times scale, for sampling.
-
-    x0_hat is a mean over pictures, pale where they differ. A scale above 1 makes it
-    stronger, and the clamp keeps it a picture; one below 1, against the drift of large
-    models in few steps: arXiv 2308.15321.
-    """
-    return lambda xt, t: scale * model(xt, t)
-
-
 def ddim_timesteps(T, S, spacing="linear"):
     """tau: S distinct ascending ints of 1..T that end in T. Source: [DDIM] App. D.2."""
     if not 1 <= S <= T:
@@ -243,23 +233,27 @@ def sigma_hat_step(xt, eps_hat, t, t_prev, alpha_bars, eta, z):
 
 @torch.no_grad()
 def ddim_process(model, xT, schedule, S=50, eta=0.0, spacing="linear", clip_x0=True,
-                 step=ddim_step):
-    """Yields (t, x_t) along tau from T down, then (0, x_0). [DDIM] Eq. 12, Sec. 4.2."""
-    xt, alpha_bars = xT, schedule.alpha_bars
+                 temperature=1.0, step=ddim_step):
+    """Yields (t, x_t) along tau from T down, then (0, x_0). [DDIM] Eq. 12, Sec. 4.2.
+
+    temperature: factor of all noise, that of x_T and z; the paper's is 1.
+    """
+    xt, alpha_bars = temperature * xT, schedule.alpha_bars
     tau = [0, *ddim_timesteps(schedule.T, S, spacing)]
     for i in range(S, 0, -1):
         yield tau[i], xt
         eps_hat = predict_eps(model, xt, tau[i], alpha_bars, clip_x0)
-        z = torch.randn_like(xt) if eta > 0 else None
+        z = temperature * torch.randn_like(xt) if eta > 0 else None
         xt = step(xt, eps_hat, tau[i], tau[i - 1], alpha_bars, eta, z)
     yield 0, xt
 
 
 def ddim_sample(model, shape, schedule, S=50, eta=0.0, spacing="linear", clip_x0=True,
-                xT=None):
+                xT=None, temperature=1.0):
     """Images of this shape (B, C, H, W), from the noise xT or from noise drawn here."""
     xT = torch.randn(shape, device=schedule.betas.device) if xT is None else xT
-    for _, xt in ddim_process(model, xT, schedule, S, eta, spacing, clip_x0):
+    how = S, eta, spacing, clip_x0, temperature
+    for _, xt in ddim_process(model, xT, schedule, *how):
         pass  # the last state is x_0
     return xt
 
@@ -551,14 +545,14 @@ def figure_steps(run, cfg, model, schedule, shape):
     """
     xT = torch.randn(8, *shape, device=run.device)
     counts = [S for S in (5, 10, 20, 50, 100) if S < cfg.T] + [cfg.T]
-    rows = [ddim_sample(model, xT.shape, schedule, S, 0.0, cfg.spacing, cfg.clip_x0, xT)
-            for S in counts]
+    how = cfg.spacing, cfg.clip_x0, xT, cfg.temperature
+    rows = [ddim_sample(model, xT.shape, schedule, S, 0.0, *how) for S in counts]
     plotting.table(run.path("steps.png"), rows, "One noise a column, S steps, eta = 0",
                    [f"S = {S}" for S in counts])
 
     etas, xT = (0.0, 0.2, 0.5, 1.0), xT[:5].repeat_interleave(2, 0)
-    rows = [ddim_sample(model, xT.shape, schedule, cfg.S, eta, cfg.spacing, cfg.clip_x0,
-                        xT) for eta in etas]
+    how = cfg.spacing, cfg.clip_x0, xT, cfg.temperature
+    rows = [ddim_sample(model, xT.shape, schedule, cfg.S, eta, *how) for eta in etas]
     plotting.table(run.path("eta.png"), rows,
                    f"Each noise x_T drawn from twice, {cfg.S} steps",
                    [f"eta = {eta:g}" for eta in etas],
@@ -570,7 +564,7 @@ def figure_interpolation(run, cfg, model, schedule, shape):
     """interpolation.png: from noise to noise, on the sphere and on the line; a GIF."""
     def decode(xT):
         return ddim_sample(model, xT.shape, schedule, min(50, cfg.S), 0.0, cfg.spacing,
-                           cfg.clip_x0, xT)
+                           cfg.clip_x0, xT, cfg.temperature)
 
     shares = torch.linspace(0, 1, 9, device=run.device).view(-1, 1, 1, 1)
     rows, labels = [], []
@@ -647,22 +641,20 @@ def main(argv=None):
     if not run.main:
         return
 
-    sharper = scaled(model, cfg.eps_scale)
-
     def states(batch, S=cfg.S, eta=cfg.eta,
                step=sigma_hat_step if cfg.sigma_hat else ddim_step):
         xT = torch.randn(len(batch), *data.shape, device=run.device)
-        how = S, eta, cfg.spacing, cfg.clip_x0, step
-        return ddim_process(sharper, xT, schedule, *how)
+        how = S, eta, cfg.spacing, cfg.clip_x0, cfg.temperature, step
+        return ddim_process(model, xT, schedule, *how)
 
     samples, timing = run.draw(cfg.n_samples, states, model, cfg.S)
     run.add_metrics(sampling=timing, samples=metrics.glance(samples, data))
     plotting.samples(run.path("samples.png"), samples, data, "Drawn from noise")
     plotting.neighbours(run.path("neighbours.png"), samples, data)
     figure_loss(run, model, data, schedule)
-    figure_denoising(run, sharper, states(range(9)), schedule.alpha_bars)
-    figure_steps(run, cfg, sharper, schedule, data.shape)
-    figure_interpolation(run, cfg, sharper, schedule, data.shape)
+    figure_denoising(run, model, states(range(9)), schedule.alpha_bars)
+    figure_steps(run, cfg, model, schedule, data.shape)
+    figure_interpolation(run, cfg, model, schedule, data.shape)
     figure_reconstruction(run, cfg, model, schedule, data)
     run.evaluate(states, model, cfg.S, data)
     if run.opts.evaluate:

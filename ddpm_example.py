@@ -15,7 +15,7 @@ Departures from the paper; `--preset paper` keeps 4 and 5:
   4. the average follows the weights faster in the first steps (EMA);
   5. x0_hat is clamped to [-1, 1] in sampling and bound (`clip_x0`), as in the code;
   6. training draws more of the middle t (`drawing`; results/ideas.md);
-  7. eps_hat is scaled up while sampling (`eps_scale`), not in the bound.
+  7. x_T and z are drawn smaller while sampling (`temperature`), not in the bound.
 
 How long it takes, what it draws and how good that is: results/ and README.md.
 """
@@ -48,7 +48,7 @@ class Config:
     # sampling
     variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # sigma_t^2 (paper: either)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: yes)
-    eps_scale: float = 1.1  # factor of eps_hat in sampling, in [0.5, 2] (paper: 1)
+    temperature: float = 0.8  # factor of all noise in sampling, in [0, 2] (paper: 1)
     n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: cifar10)
@@ -85,7 +85,7 @@ PRESETS = {
         dataset="cifar10", flip=True, channels=128, mults=(1, 2, 2, 2), blocks=2,
         attention=(16,), groups=32, dropout=0.1, patch=1, steps=800_000, batch_size=128,
         lr=2e-4, warmup=5000, decay="constant", ema=0.9999, preview_every=5000,
-        drawing="uniform", variance="beta", eps_scale=1.0),
+        drawing="uniform", variance="beta", temperature=1.0),
 }
 
 
@@ -214,16 +214,6 @@ def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
     return eps_hat
 
 
-def scaled(model, scale):
-    """The network with its eps_hat times scale, for sampling.
-
-    x0_hat is a mean over pictures, pale where they differ. A scale above 1 makes it
-    stronger, and the clamp keeps it a picture; one below 1, against the drift of large
-    models in few steps: arXiv 2308.15321.
-    """
-    return lambda xt, t: scale * model(xt, t)
-
-
 def mean_from_eps(xt, eps_hat, t, schedule):
     """mu_theta(x_t, t), the mean of [DDPM] Eq. 7 at x0_hat, from eps_hat. t: int."""
     beta, alpha, alpha_bar = (array[t] for array in schedule)
@@ -243,26 +233,33 @@ def p_theta(model, xt, t, schedule, variance="beta_tilde", clip_x0=True):
 
 
 @torch.no_grad()
-def p_sample(model, xt, t, schedule, variance="beta_tilde", clip_x0=True):
+def p_sample(model, xt, t, schedule, variance="beta_tilde", clip_x0=True,
+             temperature=1.0):
     """One reverse step x_t -> x_{t-1}. xt: (B, C, H, W), t: int in 1..T."""
     mean, sigma2 = p_theta(model, xt, t, schedule, variance, clip_x0)
-    z = torch.randn_like(xt) if t > 1 else torch.zeros_like(xt)
+    z = temperature * torch.randn_like(xt) if t > 1 else torch.zeros_like(xt)
     return mean + sigma2.sqrt() * z  # [DDPM] Alg. 2, lines 3 and 4
 
 
-def reverse_process(model, xT, schedule, variance="beta_tilde", clip_x0=True):
-    """Yields (T, x_T), (T - 1, x_{T-1}), ..., (0, x_0) from noise xT. [DDPM] Alg. 2."""
-    xt = xT
+def reverse_process(model, xT, schedule, variance="beta_tilde", clip_x0=True,
+                    temperature=1.0):
+    """Yields (T, x_T), (T - 1, x_{T-1}), ..., (0, x_0) from noise xT. [DDPM] Alg. 2.
+
+    temperature: factor of all noise, that of x_T and z; the paper's is 1.
+    """
+    xt = temperature * xT
     for t in range(schedule.T, 0, -1):  # [DDPM] Alg. 2, line 2
         yield t, xt
-        xt = p_sample(model, xt, t, schedule, variance, clip_x0)
+        xt = p_sample(model, xt, t, schedule, variance, clip_x0, temperature)
     yield 0, xt
 
 
-def sample(model, shape, schedule, variance="beta_tilde", clip_x0=True, xT=None):
+def sample(model, shape, schedule, variance="beta_tilde", clip_x0=True, xT=None,
+           temperature=1.0):
     """Images of this shape (B, C, H, W), from the noise xT or from noise drawn here."""
     xT = torch.randn(shape, device=schedule.betas.device) if xT is None else xT
-    for _, xt in reverse_process(model, xT, schedule, variance, clip_x0):
+    how = variance, clip_x0, temperature
+    for _, xt in reverse_process(model, xT, schedule, *how):
         pass  # the last state is x_0
     return xt
 
@@ -672,18 +669,17 @@ def main(argv=None):
     if not run.main:
         return
 
-    sharper = scaled(model, cfg.eps_scale)
-
     def states(batch):
         xT = torch.randn(len(batch), *data.shape, device=run.device)
-        return reverse_process(sharper, xT, schedule, cfg.variance, cfg.clip_x0)
+        how = cfg.variance, cfg.clip_x0, cfg.temperature
+        return reverse_process(model, xT, schedule, *how)
 
     samples, timing = run.draw(cfg.n_samples, states, model, cfg.T)
     run.add_metrics(sampling=timing, samples=metrics.glance(samples, data))
     plotting.samples(run.path("samples.png"), samples, data, "Drawn from noise")
     plotting.neighbours(run.path("neighbours.png"), samples, data)
     figure_loss(run, model, data, schedule)
-    figure_denoising(run, sharper, states(range(9)), schedule.alpha_bars)
+    figure_denoising(run, model, states(range(9)), schedule.alpha_bars)
     figure_forward(run, cfg, data, schedule)
     figure_bound(run, cfg, model, data, schedule)
     run.evaluate(states, model, cfg.T, data)

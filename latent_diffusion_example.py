@@ -16,7 +16,7 @@ Departures from the paper; `--preset paper` keeps 1, 4 and 5:
   2. small networks, the autoencoder's on 2x2 blocks of pixels (`vae_patch`), squared
      error, a KL weight of 0.01: 1e-6 goes with the paper's large perceptual term;
   3. a cosine decay of the learning rates, a shorter average of the weights, training
-     on more of the middle t (`drawing`);
+     on more of the middle t (`drawing`), smaller noise in sampling (`temperature`);
   4. no codebook (App. G, ii) and no conditioning (Sec. 3.3); the U-Net is [DDPM]'s;
   5. the scale is that of all training pictures, the paper's is of one batch;
   6. linear betas, as in [DDPM]: the linear square roots of the code, which keep more of
@@ -72,6 +72,7 @@ class Config:
     S: int = 250  # sampling steps, >= 1 and at most T (paper: 500 for CelebA-HQ)
     eta: float = 1.0  # 0: deterministic, 1: as noisy as DDPM, in [0, 1] (paper: 0 to 1)
     spacing: Literal["linear", "quadratic"] = "linear"  # of the steps
+    temperature: float = 0.8  # factor of all noise in sampling, in [0, 2] (paper: 1)
     n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: ImageNet, ...)
@@ -111,7 +112,7 @@ PRESETS = {
         beta_T=0.0195, dataset="cifar10", flip=True, channels=224, mults=(1, 2, 3, 4),
         blocks=2, attention=(4, 2, 1), heads=7, groups=32, steps=410_000, batch_size=48,
         lr=9.6e-5, warmup=10_000, decay="constant", weight_decay=0.01, ema=0.9999,
-        drawing="uniform", preview_every=5000, S=500),
+        drawing="uniform", preview_every=5000, S=500, temperature=1.0),
 }
 
 
@@ -297,23 +298,27 @@ def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None):
 
 @torch.no_grad()
 def ddim_process(model, xT, schedule, S=50, eta=0.0, spacing="linear", clip_x0=True,
-                 step=ddim_step):
-    """Yields (t, x_t) along tau from T down, then (0, x_0). [DDIM] Eq. 12, Sec. 4.2."""
-    xt, alpha_bars = xT, schedule.alpha_bars
+                 temperature=1.0, step=ddim_step):
+    """Yields (t, x_t) along tau from T down, then (0, x_0). [DDIM] Eq. 12, Sec. 4.2.
+
+    temperature: factor of all noise, that of x_T and z; the paper's is 1.
+    """
+    xt, alpha_bars = temperature * xT, schedule.alpha_bars
     tau = [0, *ddim_timesteps(schedule.T, S, spacing)]
     for i in range(S, 0, -1):
         yield tau[i], xt
         eps_hat = predict_eps(model, xt, tau[i], alpha_bars, clip_x0)
-        z = torch.randn_like(xt) if eta > 0 else None
+        z = temperature * torch.randn_like(xt) if eta > 0 else None
         xt = step(xt, eps_hat, tau[i], tau[i - 1], alpha_bars, eta, z)
     yield 0, xt
 
 
 def ddim_sample(model, shape, schedule, S=50, eta=0.0, spacing="linear", clip_x0=True,
-                xT=None):
+                xT=None, temperature=1.0):
     """Images of this shape (B, C, H, W), from the noise xT or from noise drawn here."""
     xT = torch.randn(shape, device=schedule.betas.device) if xT is None else xT
-    for _, xt in ddim_process(model, xT, schedule, S, eta, spacing, clip_x0):
+    how = S, eta, spacing, clip_x0, temperature
+    for _, xt in ddim_process(model, xT, schedule, *how):
         pass  # the last state is x_0
     return xt
 
@@ -891,8 +896,8 @@ def main(argv=None):
 
     def states(batch):
         zT = torch.randn(len(batch), *z_shape, device=run.device)
-        how = schedule, cfg.S, cfg.eta, cfg.spacing
-        for t, zt in ddim_process(model, zT, *how, clip_x0=False):
+        how = schedule, cfg.S, cfg.eta, cfg.spacing, False, cfg.temperature
+        for t, zt in ddim_process(model, zT, *how):
             yield t, zt
         yield 0, decode_all(vae, zt)
 

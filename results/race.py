@@ -54,12 +54,12 @@ def scores(cfg, model, data, n):
     schedule = schedule.to(data.train.device)
     with seeded(0, data.train.device):
         xT = torch.randn(n, *data.shape).to(data.train.device)
-        in_T, in_25 = (ddpm.scaled(model, scale)
-                       for scale in (cfg.eps_scale, ddim.Config.eps_scale))
-        drawn = {"T steps": [ddpm.sample(in_T, part.shape, schedule, cfg.variance,
-                                         cfg.clip_x0, part) for part in xT.split(100)],
-                 "25 steps": [ddim.ddim_sample(in_25, part.shape, schedule,
-                                               min(25, cfg.T), xT=part)
+        drawn = {"T steps": [ddpm.sample(model, part.shape, schedule, cfg.variance,
+                                         cfg.clip_x0, part, cfg.temperature)
+                             for part in xT.split(100)],
+                 "25 steps": [ddim.ddim_sample(model, part.shape, schedule,
+                                               min(25, cfg.T), xT=part,
+                                               temperature=cfg.temperature)
                               for part in xT.split(100)]}
     return {name: metrics.quality(torch.cat(x), data) for name, x in drawn.items()}
 

@@ -302,8 +302,8 @@ def test_ancestral_classifier_guidance_moves_the_mean_by_s_sigma_gradient(varian
     x = torch.randn(6, 2, 1, 1)
     y, s = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.0, 3.0, 1.0, 0.0, 3.0, 1.0])
     torch.manual_seed(1)
-    found = list(cond.classifier_guided_process(Still(), classifier, x, schedule, y, s, variance,
-                                                clip_x0=False))
+    found = list(cond.classifier_guided_process(Still(), classifier, x / 0.8, schedule, y, s, variance,
+                                                clip_x0=False, temperature=0.8))
     assert asked == [5, 4, 3, 2, 1]
     torch.manual_seed(1)
     for t in range(5, 0, -1):
@@ -316,14 +316,14 @@ def test_ancestral_classifier_guidance_moves_the_mean_by_s_sigma_gradient(varian
         x0_hat = x / bar.sqrt()  # the network says eps_hat = 0
         mean = (before.sqrt() * beta * x0_hat + (1 - beta).sqrt() * (1 - before) * x) / (1 - bar)
         sigma2 = beta if variance == "beta" else beta * (1 - before) / (1 - bar)
-        z = torch.randn_like(x) if t > 1 else 0
+        z = 0.8 * torch.randn_like(x) if t > 1 else 0
         x = mean + s.view(-1, 1, 1, 1) * sigma2 * gradient.view(6, 2, 1, 1) + sigma2.sqrt() * z
     assert found[5][0] == 0 and len(found) == 6
     assert_close(found[5][1], x, rtol=1e-4, atol=1e-5)
     torch.manual_seed(1)
     again = cond.sample(Still(), x.shape, schedule, y, s - 1, "classifier", classifier, "ancestral",
-                        variance=variance, clip_x0=False, xT=found[0][1])
-    assert torch.equal(again, found[5][1])
+                        variance=variance, clip_x0=False, xT=found[0][1] / 0.8, temperature=0.8)
+    assert_close(again, found[5][1])
 
 
 def test_the_clamp_of_x0_hat_comes_before_the_push_of_the_classifier():
@@ -410,28 +410,29 @@ def test_the_process_is_the_plain_sampler_with_a_guided_network(guidance, sample
               "none": lambda x, t: exact(x, t, y)}[guidance]
     ends = []
     for change in ({}, {"S": 3}, {"eta": 0.9}, {"spacing": "quadratic"}, {"variance": "beta"},
-                   {"clip_x0": False}):
+                   {"clip_x0": False}, {"temperature": 0.6}):
         how = {"S": 5, "eta": 0.3, "spacing": "linear", "variance": "beta_tilde",
-               "clip_x0": True} | change
+               "clip_x0": True, "temperature": 0.9} | change
         torch.manual_seed(4)
         *_, (_, found) = cond.guided_process(exact, xT, schedule, y, w, guidance, classifier,
                                              sampler, **how)
         torch.manual_seed(4)
         if sampler == "ddim":
             wanted = cond.ddim_process(guided, xT, schedule, how["S"], how["eta"], how["spacing"],
-                                       how["clip_x0"] and guidance != "classifier")
+                                       how["clip_x0"] and guidance != "classifier", how["temperature"])
         elif guidance == "classifier":
             wanted = cond.classifier_guided_process(exact, classifier, xT, schedule, y, 1 + w,
-                                                    how["variance"], how["clip_x0"])
+                                                    how["variance"], how["clip_x0"], how["temperature"])
         else:
-            wanted = cond.reverse_process(guided, xT, schedule, how["variance"], how["clip_x0"])
+            wanted = cond.reverse_process(guided, xT, schedule, how["variance"], how["clip_x0"],
+                                          how["temperature"])
         *_, (_, wanted) = wanted
         assert_close(found, wanted, rtol=1e-9, atol=1e-9)
         ends.append((change, found))
     matter = {"S", "eta", "spacing"} if sampler == "ddim" else {"variance"}
     for change, end in ends[1:]:
         told = (end - ends[0][1]).abs().max() > 1e-4
-        assert told == bool(set(change) & (matter | {"clip_x0"})), change
+        assert told == bool(set(change) & (matter | {"clip_x0", "temperature"})), change
 
 
 def test_the_gradient_is_taken_with_respect_to_x_t():

@@ -155,7 +155,7 @@ def test_the_process_yields_the_states_along_tau(schedule, eta):
     xT = noise(4)
     states = list(ddim.ddim_process(model, xT, schedule, 4, eta, "quadratic"))
     assert [t for t, _ in states] == [1000, 562, 250, 62, 0]
-    assert states[0][1] is xT
+    assert torch.equal(states[0][1], xT)
     for (t, x), (at, xt) in zip(states[:-1], asked, strict=True):
         assert t == at and x is xt
 
@@ -381,36 +381,37 @@ def test_figures_draw_what_their_labels_say(ddpm_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, expected", [
-    ((), dict(S=5, eta=0.0, spacing="linear", clip_x0=True, step="ddim_step", scale=1.15)),
-    (("--S", "3", "--eta", "0.25", "--spacing", "quadratic", "--no-clip_x0", "--eps_scale", "0.9"),
-     dict(S=3, eta=0.25, spacing="quadratic", clip_x0=False, step="ddim_step", scale=0.9)),
-    (("--eta", "1", "--sigma_hat", "--eps_scale", "1"),
-     dict(S=5, eta=1.0, spacing="linear", clip_x0=True, step="sigma_hat_step", scale=1.0))])
+    ((), dict(S=5, eta=0.0, spacing="linear", clip_x0=True, step="ddim_step", temperature=ddim.Config.temperature)),
+    (("--S", "3", "--eta", "0.25", "--spacing", "quadratic", "--no-clip_x0", "--temperature", "0.9"),
+     dict(S=3, eta=0.25, spacing="quadratic", clip_x0=False, step="ddim_step", temperature=0.9)),
+    (("--eta", "1", "--sigma_hat", "--temperature", "1"),
+     dict(S=5, eta=1.0, spacing="linear", clip_x0=True, step="sigma_hat_step", temperature=1.0))])
 def test_every_sampling_flag_reaches_the_sampler(argv, expected, ddpm_run, tmp_path, monkeypatch):
     class Done(Exception):
         pass
 
-    def spy(model, xT, schedule, S, eta, spacing, clip_x0, step):
-        network, scale = asked[0]
-        assert schedule.T == 20 and not network.training
-        t = torch.full((len(xT),), 3)
-        assert_close(model(xT, t), scale * network(xT, t))
-        found = dict(S=S, eta=eta, spacing=spacing, clip_x0=clip_x0, step=step.__name__, scale=scale)
+    def spy(model, xT, schedule, S, eta, spacing, clip_x0, temperature, step):
+        assert schedule.T == 20 and not model.training
+        found = dict(S=S, eta=eta, spacing=spacing, clip_x0=clip_x0, temperature=temperature, step=step.__name__)
         assert found == expected
         raise Done
 
-    asked, true = [], ddim.scaled
-    monkeypatch.setattr(ddim, "scaled", lambda *given: asked.append(given) or true(*given))
     monkeypatch.setattr(ddim, "ddim_process", spy)
     with pytest.raises(Done):
         ddim.main(["--sample", str(ddpm_run), "--out", str(tmp_path), *argv])
 
 
-def test_a_scaled_network_is_scaled_alone(schedule):
-    """By 1 it is the network; by more the samples of a Gaussian are narrower, as at a lower temperature."""
-    model, xT = gaussian_eps(schedule), torch.randn(4000, 1, 1, 1).double()
-    same, sharp = (ddim.ddim_sample(ddim.scaled(model, scale), xT.shape, schedule, 50, clip_x0=False, xT=xT)
-                   for scale in (1.0, 1.15))
-    assert_close(same, ddim.ddim_sample(model, xT.shape, schedule, 50, clip_x0=False, xT=xT))
-    assert sharp.std() < 0.9 * same.std()
-    assert ddim.PRESETS["paper"].eps_scale == 1.0
+@pytest.mark.parametrize("eta, step", [(0.0, "ddim_step"), (0.5, "ddim_step"), (1.0, "sigma_hat_step")])
+def test_the_temperature_is_a_factor_of_all_noise(eta, step, schedule):
+    """The network of a Gaussian is affine, and so is the picture as a function of all its noise."""
+    xT, found = noise(50), {}
+    for temperature in (0.0, 0.7, 1.0):
+        torch.manual_seed(1)
+        found[temperature] = end(ddim.ddim_process(gaussian_eps(schedule), xT, schedule, 20, eta, "linear", False,
+                                                   temperature, getattr(ddim, step)))
+    assert found[0.0].std() < 1e-9 < found[1.0].std()
+    assert_close(found[0.7], 0.3 * found[0.0] + 0.7 * found[1.0])
+    how = dict(schedule=schedule, S=20, clip_x0=False)
+    assert_close(ddim.ddim_sample(gaussian_eps(schedule), xT.shape, xT=xT, temperature=0.7, **how),
+                 ddim.ddim_sample(gaussian_eps(schedule), xT.shape, xT=0.7 * xT, **how))
+    assert ddim.PRESETS["paper"].temperature == 1 > ddim.Config.temperature

@@ -423,6 +423,18 @@ def test_the_last_step_adds_no_noise(variance):
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_the_temperature_is_a_factor_of_all_noise(variance):
+    """The network of a Gaussian is affine, and so is the picture as a function of all its noise."""
+    schedule, xT, found = ddpm.make_schedule("linear", 10), torch.randn(50, 2, 1, 1), {}
+    for temperature in (0.0, 0.7, 1.0):
+        torch.manual_seed(1)
+        found[temperature] = ddpm.sample(gaussian_eps(schedule.alpha_bars), xT.shape, schedule, variance, False, xT,
+                                         temperature)
+    assert found[0.0].std(0).max() < 1e-5 < found[1.0].std(0).min()
+    assert_close(found[0.7], 0.3 * found[0.0] + 0.7 * found[1.0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 @pytest.mark.parametrize("t", [2, 5, 10])
 def test_a_step_has_the_mean_of_eq_11_and_its_variance(variance, t):
     schedule = ddpm.make_schedule("linear", 10)
@@ -523,7 +535,7 @@ def test_the_reverse_process_yields_every_state_from_xT_to_x0():
     torch.manual_seed(5)
     states = list(ddpm.reverse_process(network, xT, schedule))
     assert [t for t, _ in states] == [7, 6, 5, 4, 3, 2, 1, 0]
-    assert states[0][1] is xT
+    assert torch.equal(states[0][1], xT)
     assert [t for t, _ in asked] == [7, 6, 5, 4, 3, 2, 1]
     for (_, x), (_, xt) in zip(asked, states[:-1], strict=True):
         assert x is xt  # what is yielded at t is what the network gets at t

@@ -72,7 +72,7 @@ def test_the_race_trains_for_its_budget_and_scores_both_samplers(tmp_path, monke
     spied(monkeypatch, race.ddpm, "sample", lambda given, _: drawn.append(("T", given)))
     spied(monkeypatch, race.ddim, "ddim_sample", lambda given, _: drawn.append(("25", given)))
     argv = ["--minutes", "2", "1", "--n", "120", "--preset", "smoke", "--device", "cpu", "--drawing", "uniform",
-            "--T", "30", "--variance", "beta"]
+            "--T", "30", "--variance", "beta", "--temperature", "0.6"]
     rows = race.main(argv, folder=tmp_path)
     assert [cfg.steps for cfg in trained] == [1, 201, 114, 1, 201, 234]
     assert all(cfg.drawing == "uniform" and cfg.channels == 8 for cfg in trained)
@@ -83,7 +83,7 @@ def test_the_race_trains_for_its_budget_and_scores_both_samplers(tmp_path, monke
     assert [len(given["xT"]) for given in of_T] == [100, 20] * 2
     for a, b in zip(of_T, of_25, strict=True):
         assert torch.equal(a["xT"], b["xT"]) and a["variance"] == "beta" and (b["S"], b["eta"]) == (25, 0.0)
-        assert a["schedule"].T == b["schedule"].T == 30
+        assert a["schedule"].T == b["schedule"].T == 30 and a["temperature"] == b["temperature"] == 0.6
     kept = json.loads((tmp_path / "race.json").read_text())
     assert kept["rows"] == json.loads(json.dumps(rows)) and "--drawing" in kept["flags"]
     open_picture(tmp_path / "race.png")
