@@ -210,13 +210,13 @@ def draw_t(n, T, drawing="uniform"):
     "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle, where it is
     decided what a picture shows: the logit of t / T is normal (arXiv 2403.03206, Sec.
     3.1), one in each n-th of that distribution, so that batches differ less. One in
-    four is uniform all the same: small t make the bound.
+    sixteen is uniform all the same: small t make the bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
     u = (torch.arange(n) + torch.rand(n)) / n
     share = torch.sigmoid(torch.special.ndtri(u) - 0.2)
-    share = torch.where(torch.rand(n) < 0.25, torch.rand(n), share)
+    share = torch.where(torch.rand(n) < 1 / 16, torch.rand(n), share)
     return (1 + (T * share).long()).clamp(max=T)
 
 

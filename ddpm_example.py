@@ -48,7 +48,7 @@ class Config:
     # sampling
     variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # sigma_t^2 (paper: either)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: yes)
-    temperature: float = 0.8  # factor of all noise in sampling, in [0, 2] (paper: 1)
+    temperature: float = 0.85  # factor of all noise in sampling, in [0, 2] (paper: 1)
     n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: cifar10)
@@ -167,13 +167,13 @@ def draw_t(n, T, drawing="uniform"):
     "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle, where it is
     decided what a picture shows: the logit of t / T is normal (arXiv 2403.03206, Sec.
     3.1), one in each n-th of that distribution, so that batches differ less. One in
-    four is uniform all the same: small t make the bound.
+    sixteen is uniform all the same: small t make the bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
     u = (torch.arange(n) + torch.rand(n)) / n
     share = torch.sigmoid(torch.special.ndtri(u) - 0.2)
-    share = torch.where(torch.rand(n) < 0.25, torch.rand(n), share)
+    share = torch.where(torch.rand(n) < 1 / 16, torch.rand(n), share)
     return (1 + (T * share).long()).clamp(max=T)
 
 

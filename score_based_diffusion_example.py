@@ -372,13 +372,13 @@ def draw_times(sde, n, weighting="simple"):
     drawn, not multiplied, and the loss keeps a small variance (arXiv 2101.09258).
     "logit_normal": more of the middle, where it is decided what a sample shows: the
     logit of t / T is normal (arXiv 2403.03206, Sec. 3.1), one in each n-th of that
-    distribution, so that batches differ less; one in four is uniform all the same,
+    distribution, so that batches differ less; one in sixteen is uniform all the same,
     since small t make the likelihood. The factor stays 1.
     """
     u = torch.rand(n)
     if weighting == "logit_normal":
         share = torch.sigmoid(torch.special.ndtri((torch.arange(n) + u) / n) - 0.2)
-        share = torch.where(torch.rand(n) < 0.25, torch.rand(n), share)
+        share = torch.where(torch.rand(n) < 1 / 16, torch.rand(n), share)
         return sde.eps_train + (sde.T - sde.eps_train) * share, 1.0
     if weighting == "simple":
         return sde.eps_train + (sde.T - sde.eps_train) * u, 1.0
