@@ -53,7 +53,7 @@ class Config:
     spacing: Literal["linear", "quadratic"] = "linear"  # of the steps (paper: both)
     sigma_hat: bool = False  # with eta 1: the larger noise, Sec. 5 (paper: Table 1)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: no)
-    temperature: float = 0.85  # factor of all noise in sampling, in [0, 2] (paper: 1)
+    temperature: float = 0.9  # factor of all noise in sampling, in [0, 2] (paper: 1)
     n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: cifar10)

@@ -48,7 +48,7 @@ class Config:
     # sampling
     variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # sigma_t^2 (paper: either)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: yes)
-    temperature: float = 0.85  # factor of all noise in sampling, in [0, 2] (paper: 1)
+    temperature: float = 0.9  # factor of all noise in sampling, in [0, 2] (paper: 1)
     n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: cifar10)

@@ -72,7 +72,7 @@ class Config:
     S: int = 250  # sampling steps, >= 1 and at most T (paper: 500 for CelebA-HQ)
     eta: float = 1.0  # 0: deterministic, 1: as noisy as DDPM, in [0, 1] (paper: 0 to 1)
     spacing: Literal["linear", "quadratic"] = "linear"  # of the steps
-    temperature: float = 0.85  # factor of all noise in sampling, in [0, 2] (paper: 1)
+    temperature: float = 0.9  # factor of all noise in sampling, in [0, 2] (paper: 1)
     n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: ImageNet, ...)
