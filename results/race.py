@@ -54,10 +54,11 @@ def scores(cfg, model, data, n):
     schedule = schedule.to(data.train.device)
     with seeded(0, data.train.device):
         xT = torch.randn(n, *data.shape).to(data.train.device)
-        drawn = {"T steps": [ddpm.sample(model, part.shape, schedule, cfg.variance,
+        sharper = ddpm.scaled(model, cfg.eps_scale)
+        drawn = {"T steps": [ddpm.sample(sharper, part.shape, schedule, cfg.variance,
                                          cfg.clip_x0, part, cfg.temperature)
                              for part in xT.split(100)],
-                 "25 steps": [ddim.ddim_sample(model, part.shape, schedule,
+                 "25 steps": [ddim.ddim_sample(sharper, part.shape, schedule,
                                                min(25, cfg.T), xT=part,
                                                temperature=cfg.temperature)
                               for part in xT.split(100)]}

@@ -632,7 +632,7 @@ def test_a_line_says_comment_rule_and_block():
     assert lines["beta_1"].rule == "in (0, 1)" and lines["dropout"].rule == "in [0, 1)"
     assert lines["image_size"].rule == ">= 0" and lines["clip_x0"].rule is None
     assert {n for n, line in lines.items() if line.block == "sampling"} == {
-        "variance", "clip_x0", "temperature", "n_samples"}
+        "variance", "clip_x0", "eps_scale", "temperature", "n_samples"}
 
 
 CELL = """

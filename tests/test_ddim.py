@@ -381,24 +381,41 @@ def test_figures_draw_what_their_labels_say(ddpm_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, expected", [
-    ((), dict(S=5, eta=0.0, spacing="linear", clip_x0=True, step="ddim_step", temperature=ddim.Config.temperature)),
-    (("--S", "3", "--eta", "0.25", "--spacing", "quadratic", "--no-clip_x0", "--temperature", "0.9"),
-     dict(S=3, eta=0.25, spacing="quadratic", clip_x0=False, step="ddim_step", temperature=0.9)),
-    (("--eta", "1", "--sigma_hat", "--temperature", "1"),
-     dict(S=5, eta=1.0, spacing="linear", clip_x0=True, step="sigma_hat_step", temperature=1.0))])
+    ((), dict(S=5, eta=0.0, spacing="linear", clip_x0=True, step="ddim_step", scale=1.1, temperature=0.9)),
+    (("--S", "3", "--eta", "0.25", "--spacing", "quadratic", "--no-clip_x0", "--eps_scale", "0.9", "--temperature", "0.8"),
+     dict(S=3, eta=0.25, spacing="quadratic", clip_x0=False, step="ddim_step", scale=0.9,
+          temperature=0.8)),
+    (("--eta", "1", "--sigma_hat", "--eps_scale", "1", "--temperature", "1"),
+     dict(S=5, eta=1.0, spacing="linear", clip_x0=True, step="sigma_hat_step", scale=1.0, temperature=1.0))])
 def test_every_sampling_flag_reaches_the_sampler(argv, expected, ddpm_run, tmp_path, monkeypatch):
     class Done(Exception):
         pass
 
     def spy(model, xT, schedule, S, eta, spacing, clip_x0, temperature, step):
-        assert schedule.T == 20 and not model.training
-        found = dict(S=S, eta=eta, spacing=spacing, clip_x0=clip_x0, temperature=temperature, step=step.__name__)
+        network, scale = asked[0]
+        assert schedule.T == 20 and not network.training
+        t = torch.full((len(xT),), 3)
+        assert_close(model(xT, t), scale * network(xT, t))
+        found = dict(S=S, eta=eta, spacing=spacing, clip_x0=clip_x0, scale=scale, temperature=temperature,
+                     step=step.__name__)
         assert found == expected
         raise Done
 
+    asked, true = [], ddim.scaled
+    monkeypatch.setattr(ddim, "scaled", lambda *given: asked.append(given) or true(*given))
     monkeypatch.setattr(ddim, "ddim_process", spy)
     with pytest.raises(Done):
         ddim.main(["--sample", str(ddpm_run), "--out", str(tmp_path), *argv])
+
+
+def test_a_scaled_network_is_scaled_alone(schedule):
+    """By 1 it is the network; by more the samples of a Gaussian are narrower, as at a lower temperature."""
+    model, xT = gaussian_eps(schedule), torch.randn(4000, 1, 1, 1).double()
+    same, sharp = (ddim.ddim_sample(ddim.scaled(model, scale), xT.shape, schedule, 50, clip_x0=False, xT=xT)
+                   for scale in (1.0, 1.15))
+    assert_close(same, ddim.ddim_sample(model, xT.shape, schedule, 50, clip_x0=False, xT=xT))
+    assert sharp.std() < 0.9 * same.std()
+    assert ddim.PRESETS["paper"].eps_scale == 1.0 < ddim.Config.eps_scale
 
 
 @pytest.mark.parametrize("eta, step", [(0.0, "ddim_step"), (0.5, "ddim_step"), (1.0, "sigma_hat_step")])

@@ -369,6 +369,21 @@ def test_states_start_from_noise_and_end_with_samples(module, smoke_runs, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("module, generator", [(ddpm, "reverse_process"), (ddim, "ddim_process")])
+def test_samples_are_drawn_with_eps_scaled_and_the_rest_is_the_network(module, generator, smoke_runs,
+                                                                       tmp_path, monkeypatch):
+    seen, true = [], getattr(module, generator)
+    monkeypatch.setattr(module, generator, lambda model, *args, **how: (
+        seen.append(model), true(model, *args, **how))[1])
+    network, states, _ = drawn(module, monkeypatch, "--sample", smoke_runs[module], "--out", tmp_path,
+                               "--eps_scale", 1.5)
+    next(states(range(2)))
+    x, t = torch.randn(2, 1, 28, 28), torch.tensor([3, 9])
+    assert_close(seen[0](x, t), 1.5 * network(x, t))
+    assert module.Config().eps_scale > 1 == module.PRESETS["paper"].eps_scale
+
+
+@pytest.mark.slow
 @every_script
 def test_the_temperature_scales_the_starting_noise(module, smoke_runs, tmp_path, monkeypatch):
     """The papers' is 1; what it does to the other noise is tested with the samplers."""

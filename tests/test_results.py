@@ -66,13 +66,13 @@ def test_the_race_trains_for_its_budget_and_scores_both_samplers(tmp_path, monke
     def train(cfg, run, data):  # 3 s to begin with, half a second a step
         clock[0] += 3 + cfg.steps / 2
         trained.append(cfg)
-        return lambda x, t: torch.zeros_like(x)
+        return lambda x, t: torch.full_like(x, 0.5)
 
     monkeypatch.setattr(race.ddpm, "train", train)
     spied(monkeypatch, race.ddpm, "sample", lambda given, _: drawn.append(("T", given)))
     spied(monkeypatch, race.ddim, "ddim_sample", lambda given, _: drawn.append(("25", given)))
     argv = ["--minutes", "2", "1", "--n", "120", "--preset", "smoke", "--device", "cpu", "--drawing", "uniform",
-            "--T", "30", "--variance", "beta", "--temperature", "0.6"]
+            "--T", "30", "--variance", "beta", "--temperature", "0.6", "--eps_scale", "1.2"]
     rows = race.main(argv, folder=tmp_path)
     assert [cfg.steps for cfg in trained] == [1, 201, 114, 1, 201, 234]
     assert all(cfg.drawing == "uniform" and cfg.channels == 8 for cfg in trained)
@@ -84,6 +84,7 @@ def test_the_race_trains_for_its_budget_and_scores_both_samplers(tmp_path, monke
     for a, b in zip(of_T, of_25, strict=True):
         assert torch.equal(a["xT"], b["xT"]) and a["variance"] == "beta" and (b["S"], b["eta"]) == (25, 0.0)
         assert a["schedule"].T == b["schedule"].T == 30 and a["temperature"] == b["temperature"] == 0.6
+        assert a["model"](a["xT"], 1).max() == b["model"](a["xT"], 1).max() == pytest.approx(0.6)
     kept = json.loads((tmp_path / "race.json").read_text())
     assert kept["rows"] == json.loads(json.dumps(rows)) and "--drawing" in kept["flags"]
     open_picture(tmp_path / "race.png")
