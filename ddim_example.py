@@ -20,7 +20,8 @@ Departures from the paper; `--preset paper` keeps 4 and the second half of 5:
   7. while sampling, not in encoding, eps_hat is a little larger (`eps_scale`), x_T and
      z are smaller (`temperature`): what a small network gets wrong does less harm.
 
-How long it takes, what it draws and how good that is: results/ and README.md.
+It trains for 8 to 14 CPU minutes, all cores added up. What it draws and how good that
+is: results/ and README.md.
 """
 
 import copy
@@ -72,7 +73,7 @@ class Config:
     patch: int = 2  # side of the pixel blocks made channels, >= 1 (paper: none, 1)
     # training
     drawing: Literal["uniform", "logit_normal"] = "logit_normal"  # t (paper: uniform)
-    steps: int = 5000  # optimiser steps, >= 1 (paper: 800000)
+    steps: int = 4000  # optimiser steps, >= 1 (paper: 800000)
     batch_size: int = 32  # pictures a step, over all processes, >= 1 (paper: 128)
     lr: float = 2e-3  # peak learning rate, > 0 (paper: 2e-4)
     warmup: int = 200  # steps until the peak learning rate, >= 0 (code: 5000)

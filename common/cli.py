@@ -329,8 +329,9 @@ def check_seed(seed, where):
 def _parser(Config, presets):
     """The parser: the settings of a run, then a flag for each field of Config."""
     script = inspect.getmodule(Config)
-    about = (script and script.__doc__) or ""
-    parser = _Parser(description=about.split("\n\n")[0], allow_abbrev=False)
+    about = ((script and script.__doc__) or "").strip().split("\n\n")
+    parser = _Parser(description=about[0], allow_abbrev=False,
+                     epilog=about[-1] if len(about) > 1 else None)  # how long it takes
     run = parser.add_argument_group("the run")
     run.add_argument("--preset", metavar="NAME", help=", ".join(presets))
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")

@@ -611,7 +611,7 @@ def test_help_is_the_trailing_comment(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(ddpm.Config):
         assert f"--{field.name} " in text or f"--{field.name}," in text, field.name
-    assert "(paper: 1e-4)" in " ".join(text.split()) and "2006.11239" in text
+    assert "(paper: 1e-4)" in " ".join(text.split()) and "2006.11239" in text and "CPU minutes" in text
 
 
 def test_every_field_of_config_has_a_comment_and_a_block():
