@@ -15,7 +15,7 @@ difference (Eq. 6, Alg. 2), guidance by a classifier of noisy images ([ADM] Alg.
 adaptive group normalisation ([ADM] Sec. 3.1), adaLN-Zero blocks ([DiT] Sec. 3.2), over
 [DDPM] (arXiv 2006.11239) and [DDIM] (arXiv 2010.02502). Guidance is counted as in
 [CFG]: w = 0 is the conditional model, w = -1 the unconditional one; the scale s of
-[ADM] and of most other code is 1 + w, and --w sets both.
+[ADM]'s unconditional model and of most other code is 1 + w, and --w sets both.
 
 x_t, t and y are [CFG]'s z_lambda, lambda and c.
 
@@ -28,11 +28,10 @@ Departures from the papers:
   4. the noisy classifier ends in an average pool, [ADM]'s in attention;
   5. x0_hat is clamped to [-1, 1] while sampling (`clip_x0`): after classifier-free
      guidance, but before the push of a classifier, as in [ADM]'s code. That push wants
-     an unconditional network of its own (`--p_uncond 1`, trained without labels): the
-     null class of the other, which sees few pictures, is a poor one;
+     a network trained without labels (`--p_uncond 1`): one trained with them sees its
+     null class too seldom;
   6. the networks give v, not eps (`predict`; arXiv 2202.00512): the error of v counts
-     large t for more, where it is decided what a picture shows; so does the drawing
-     of t (`drawing`);
+     large t for more; training draws more of the middle t (`drawing`);
   7. a cosine decay of the learning rate, clipped gradients, a shorter average of the
      weights, which follows them faster at first.
 
@@ -208,10 +207,10 @@ def drop_labels(y, p_uncond, null):
 def draw_t(n, T, drawing="uniform"):
     """The steps t of a batch, (n,) int64 in 1..T, on the CPU.
 
-    "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle, where it is
-    decided what a picture shows: the logit of t / T is normal (arXiv 2403.03206, Sec.
-    3.1), one in each n-th of that distribution, so that batches differ less. One in
-    sixteen is uniform all the same: small t make the bound.
+    "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle t, which decide
+    what a picture shows: the logit of t / T is N(-0.2, 1), after arXiv 2403.03206, Sec.
+    3.1; one draw from each of its n quantiles, so that batches differ less. One t in
+    sixteen is uniform all the same: small t, rare here, weigh most in the bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
@@ -240,8 +239,8 @@ def v_loss(model, x0, schedule, t=None, eps=None):
     """The squared error of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 -> scalar.
 
     model(xt, t, v=True) gives v_hat. x_t is given, so that eps_hat - eps is
-    sqrt(alpha_bar) (v_hat - v): large t, where it is decided what a picture shows,
-    count for more than in ddpm_loss. Source: arXiv 2202.00512, Sec. 4.
+    sqrt(alpha_bar) (v_hat - v): large t count for more than in ddpm_loss. Source: arXiv
+    2202.00512, Sec. 4.
     """
     if t is None:
         t = draw_t(len(x0), schedule.T).to(x0.device)
@@ -371,7 +370,7 @@ def sample(model, shape, schedule, y, w=2.0, guidance="classifier_free",
 
 
 def predict_x0(xt, eps_hat, t, alpha_bars):
-    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 1..T."""
+    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 0..T."""
     alpha_bar = alpha_bars[t]
     return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()  # [DDPM] Eq. 15
 
@@ -441,16 +440,17 @@ def ddim_timesteps(T, S, spacing="linear"):
 def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None):
     """One step x_t -> x_{t_prev}. xt, eps_hat, z: (B, C, H, W), t, t_prev: int in 0..T.
 
-    z ~ N(0, I) is needed where eta > 0. In encoding t_prev is above t.
+    z ~ N(0, I) is needed where eta > 0. With eta = 0, t_prev > t turns x_0 into noise.
     """
     alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[t_prev]
     sigma = torch.zeros_like(alpha_bar)
-    if eta > 0:  # encoding, with eta = 0, steps up: its second root is not real
+    if eta > 0:  # else 0, also where t_prev > t has no second root
         sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())  # [DDIM] Eq. 16
     x0_hat = predict_x0(xt, eps_hat, t, alpha_bars)  # "predicted x_0", [DDIM] Eq. 9
+    # "direction pointing to x_t", the second term of [DDIM] Eq. 12
     direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
-    x_prev = alpha_bar_prev.sqrt() * x0_hat + direction  # "pointing to x_t"
+    x_prev = alpha_bar_prev.sqrt() * x0_hat + direction
     return x_prev if eta == 0 else x_prev + sigma * z  # [DDIM] Eq. 12
 
 
@@ -483,7 +483,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(layer):
-    """A layer that starts as zero, so that its residual block starts as identity."""
+    """A layer that starts as zero: its residual block starts by adding nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -557,7 +557,7 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_hat(x_t, t, y). x: (B, C, H, W), t: (B,) int64 or float -> like x.
+    """eps_hat(x_t, t, y), or v_hat. x: (B, C, H, W), t: (B,) int64 or float -> like x.
 
     y: (B,) int64 in 0..classes; `classes` itself, or None, is the null class, no label.
 
@@ -676,7 +676,7 @@ class DiTBlock(nn.Module):
 def positions_2d(rows, columns, width, device=None):
     """Sines and cosines of row and column, half each: (rows * columns, width).
 
-    Source: [DiT] Sec. 3.2, as in ViT.
+    Source: [DiT] Sec. 3.2; its code has them from MAE, arXiv 2111.06377.
     """
     k = torch.arange(width // 4, device=device) / (width // 4)
     frequencies = 10000.0 ** -k
@@ -691,7 +691,7 @@ def positions_2d(rows, columns, width, device=None):
 
 
 class DiT(nn.Module):
-    """eps_hat(x_t, t, y) by a transformer. x: (B, C, H, W), t: (B,) -> like x.
+    """A transformer: eps_hat or v_hat. x: (B, C, H, W), t: (B,) -> like x.
 
     H and W are multiples of patch. y: (B,) int64 in 0..classes; `classes`, or None, is
     the null class, no label. out_channels: C unless given. kernel: side, in patches, of
@@ -820,7 +820,8 @@ class NoisyClassifier(nn.Module):
 class EMA:
     """An exponential moving average of a model's weights, in `ema.model`.
 
-    The decay min(decay, (1 + n) / (10 + n)) lets it follow the fast first n steps.
+    At step n the decay is min(decay, (1 + n) / (10 + n)): while n is small, and the
+    weights change fast, it follows them faster.
     """
 
     def __init__(self, model, decay):
@@ -1116,7 +1117,7 @@ def main(argv=None):
     cfg, run = open_run("conditional", Config, PRESETS, argv)
     data = run.load(load_images(cfg.dataset, cfg.image_size))
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
-    ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # S > T is told before training
+    ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # raises before training if S > T
     classes = asked_classes(cfg, data, run.opts.evaluate)
     if cfg.compare:
         return compare(cfg, run, data, schedule)
@@ -1128,7 +1129,7 @@ def main(argv=None):
     if cfg.guidance == "classifier" or run.opts.evaluate:
         classifier = train_classifier(cfg, run, data, schedule)
     if not run.main:
-        return
+        return  # of several processes one draws
 
     largest_n = max(cfg.n_samples, run.opts.evaluate or 0)
     y = torch.tensor(classes, device=run.device).repeat(largest_n)  # enough for each n

@@ -1,7 +1,7 @@
 """Denoising Diffusion Implicit Models (Song, Meng, Ermon, arXiv 2010.02502): [DDIM]
 
     python ddim_example.py                            train as DDPM, draw in few steps
-    python ddim_example.py --sample                   no training: the newest DDPM model
+    python ddim_example.py --sample                   no training: the newest such run
     python ddim_example.py --sample --evaluate 500    the paper's Table 1 in small
 
 The paper changes the sampler alone. Implemented here: its steps from DDIM (eta = 0) to
@@ -10,15 +10,16 @@ DDPM (eta = 1) (Eq. 12, 16), with the larger noise of Sec. 5, too; sub-sequences
 (App. D.5). The paper's alpha_t is alpha_bars[t] here. Schedule, objective, network and
 training, with the paper values beside them, are those of [DDPM], arXiv 2006.11239.
 
-Departures from the paper; `--preset paper` keeps 4 and the second half of 5:
+Departures from the paper (`--preset paper` undoes all but 4 and 8):
   1. a small U-Net on 2x2 blocks of pixels (`patch`), so that it trains on a CPU;
   2. its up path narrows before it doubles the resolution: a cheaper convolution;
   3. a cosine decay of the learning rate, a shorter average of the weights;
   4. the average follows the weights faster in the first steps (EMA);
-  5. x0_hat is clamped to [-1, 1] (`clip_x0`); tau ends in T, in the code below it;
+  5. x0_hat is clamped to [-1, 1] (`clip_x0`);
   6. training draws more of the middle t (`drawing`; results/ideas.md);
-  7. while sampling, not in encoding, eps_hat is a little larger (`eps_scale`), x_T and
-     z are smaller (`temperature`): what a small network gets wrong does less harm.
+  7. in sampling alone eps_hat is a little larger (`eps_scale`), x_T and z are smaller
+     (`temperature`): what a small network gets wrong does less harm;
+  8. tau always ends in T, in the authors' code a little below it.
 
 It trains for 8 to 14 CPU minutes, all cores added up. What it draws and how good that
 is: results/ and README.md.
@@ -152,10 +153,10 @@ def q_sample(x0, t, eps, alpha_bars):
 def draw_t(n, T, drawing="uniform"):
     """The steps t of a batch, (n,) int64 in 1..T, on the CPU.
 
-    "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle, where it is
-    decided what a picture shows: the logit of t / T is normal (arXiv 2403.03206, Sec.
-    3.1), one in each n-th of that distribution, so that batches differ less. One in
-    sixteen is uniform all the same: small t make the bound.
+    "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle t, which decide
+    what a picture shows: the logit of t / T is N(-0.2, 1), after arXiv 2403.03206, Sec.
+    3.1; one draw from each of its n quantiles, so that batches differ less. One t in
+    sixteen is uniform all the same: small t, rare here, weigh most in the bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
@@ -184,7 +185,7 @@ def ddpm_loss(model, x0, schedule, t=None, eps=None):
 
 
 def predict_x0(xt, eps_hat, t, alpha_bars):
-    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 1..T."""
+    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 0..T."""
     alpha_bar = alpha_bars[t]
     return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()  # [DDPM] Eq. 15
 
@@ -205,9 +206,9 @@ def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
 def scaled(model, scale):
     """The network with its eps_hat times scale, for sampling.
 
-    x0_hat is a mean over pictures, pale where they differ. A scale above 1 makes it
-    stronger, and the clamp keeps it a picture; one below 1, against the drift of large
-    models in few steps: arXiv 2308.15321.
+    x0_hat is a mean over all pictures that x_t may show, pale where they differ. A
+    scale above 1 strengthens it, and the clamp keeps it in [-1, 1]; one below 1
+    corrects the drift of large models in few steps (arXiv 2308.15321).
     """
     return lambda xt, t: scale * model(xt, t)
 
@@ -224,16 +225,17 @@ def ddim_timesteps(T, S, spacing="linear"):
 def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None):
     """One step x_t -> x_{t_prev}. xt, eps_hat, z: (B, C, H, W), t, t_prev: int in 0..T.
 
-    z ~ N(0, I) is needed where eta > 0. In encoding t_prev is above t.
+    z ~ N(0, I) is needed where eta > 0. With eta = 0, t_prev > t turns x_0 into noise.
     """
     alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[t_prev]
     sigma = torch.zeros_like(alpha_bar)
-    if eta > 0:  # encoding, with eta = 0, steps up: its second root is not real
+    if eta > 0:  # else 0, also where t_prev > t has no second root
         sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())  # [DDIM] Eq. 16
     x0_hat = predict_x0(xt, eps_hat, t, alpha_bars)  # "predicted x_0", [DDIM] Eq. 9
+    # "direction pointing to x_t", the second term of [DDIM] Eq. 12
     direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
-    x_prev = alpha_bar_prev.sqrt() * x0_hat + direction  # "pointing to x_t"
+    x_prev = alpha_bar_prev.sqrt() * x0_hat + direction
     return x_prev if eta == 0 else x_prev + sigma * z  # [DDIM] Eq. 12
 
 
@@ -277,7 +279,7 @@ def ddim_invert(model, x0, schedule, S=50, spacing="linear"):
     xt, alpha_bars = x0, schedule.alpha_bars
     tau = [0, *ddim_timesteps(schedule.T, S, spacing)]
     for i in range(S):
-        t = max(tau[i], tau[1])  # the network was not trained at t = 0
+        t = max(tau[i], tau[1])  # untrained at t = 0: the first step asks at tau_1
         eps_hat = predict_eps(model, xt, t, alpha_bars)
         xt = ddim_step(xt, eps_hat, tau[i], tau[i + 1], alpha_bars)
     return xt
@@ -303,7 +305,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(layer):
-    """A layer that starts as zero, so that its residual block starts as identity."""
+    """A layer that starts as zero: its residual block starts by adding nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -458,7 +460,8 @@ def make_unet(cfg, shape):
 class EMA:
     """An exponential moving average of a model's weights, in `ema.model`.
 
-    The decay min(decay, (1 + n) / (10 + n)) lets it follow the fast first n steps.
+    At step n the decay is min(decay, (1 + n) / (10 + n)): while n is small, and the
+    weights change fast, it follows them faster.
     """
 
     def __init__(self, model, decay):
@@ -644,7 +647,7 @@ def main(argv=None):
     cfg, run = open_run("ddim", Config, PRESETS, argv, reads=("ddpm",))
     data = run.load(load_images(cfg.dataset, cfg.image_size))
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
-    ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # S > T is told before training
+    ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # raises before training if S > T
     if cfg.sigma_hat and cfg.eta != 1:
         raise ValueError(f"eta {cfg.eta}: must be 1 with --sigma_hat")
     if run.sampling:
@@ -652,7 +655,7 @@ def main(argv=None):
     else:
         model = train(cfg, run, data)
     if not run.main:
-        return
+        return  # of several processes one draws
 
     sharper = scaled(model, cfg.eps_scale)
 

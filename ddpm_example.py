@@ -8,15 +8,15 @@ simple objective (Eq. 14, Alg. 1), ancestral sampling (Eq. 11, Alg. 2, with eith
 variance of Sec. 3.2), the U-Net of App. B, and last, since only figures need it, the
 variational bound (Eq. 5, 8, 12) with its discrete decoder (Eq. 13).
 
-Departures from the paper; `--preset paper` keeps 4 and 5:
+Departures from the paper (`--preset paper` undoes all but 4 and 5):
   1. a small U-Net on 2x2 blocks of pixels (`patch`), so that it trains on a CPU;
   2. its up path narrows before it doubles the resolution: a cheaper convolution;
   3. a cosine decay of the learning rate, a shorter average of the weights;
   4. the average follows the weights faster in the first steps (EMA);
-  5. x0_hat is clamped to [-1, 1] in sampling and bound (`clip_x0`), as in the code;
+  5. x0_hat is clamped to [-1, 1] (`clip_x0`);
   6. training draws more of the middle t (`drawing`; results/ideas.md);
-  7. while sampling, not in the bound, eps_hat is a little larger (`eps_scale`), x_T and
-     z are smaller (`temperature`): what a small network gets wrong does less harm.
+  7. in sampling alone eps_hat is a little larger (`eps_scale`), x_T and z are smaller
+     (`temperature`): what a small network gets wrong does less harm.
 
 It trains for 8 to 14 CPU minutes, all cores added up. What it draws and how good that
 is: results/ and README.md.
@@ -157,7 +157,7 @@ def q_posterior(x0, xt, t, schedule):
     beta, alpha, alpha_bar = (array[t].view(-1, 1, 1, 1) for array in schedule)
     alpha_bar_prev = schedule.alpha_bars[t - 1].view(-1, 1, 1, 1)
     mu_tilde = (alpha_bar_prev.sqrt() * beta / (1 - alpha_bar) * x0
-                + alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar) * xt)
+                + alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar) * xt)  # Eq. 7
     return mu_tilde, beta_tilde(t, schedule).view(-1, 1, 1, 1)
 
 
@@ -167,10 +167,10 @@ def q_posterior(x0, xt, t, schedule):
 def draw_t(n, T, drawing="uniform"):
     """The steps t of a batch, (n,) int64 in 1..T, on the CPU.
 
-    "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle, where it is
-    decided what a picture shows: the logit of t / T is normal (arXiv 2403.03206, Sec.
-    3.1), one in each n-th of that distribution, so that batches differ less. One in
-    sixteen is uniform all the same: small t make the bound.
+    "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle t, which decide
+    what a picture shows: the logit of t / T is N(-0.2, 1), after arXiv 2403.03206, Sec.
+    3.1; one draw from each of its n quantiles, so that batches differ less. One t in
+    sixteen is uniform all the same: small t, rare here, weigh most in the bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
@@ -199,7 +199,7 @@ def ddpm_loss(model, x0, schedule, t=None, eps=None):
 
 
 def predict_x0(xt, eps_hat, t, alpha_bars):
-    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 1..T."""
+    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 0..T."""
     alpha_bar = alpha_bars[t]
     return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()  # [DDPM] Eq. 15
 
@@ -220,9 +220,9 @@ def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
 def scaled(model, scale):
     """The network with its eps_hat times scale, for sampling.
 
-    x0_hat is a mean over pictures, pale where they differ. A scale above 1 makes it
-    stronger, and the clamp keeps it a picture; one below 1, against the drift of large
-    models in few steps: arXiv 2308.15321.
+    x0_hat is a mean over all pictures that x_t may show, pale where they differ. A
+    scale above 1 strengthens it, and the clamp keeps it in [-1, 1]; one below 1
+    corrects the drift of large models in few steps (arXiv 2308.15321).
     """
     return lambda xt, t: scale * model(xt, t)
 
@@ -289,7 +289,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(layer):
-    """A layer that starts as zero, so that its residual block starts as identity."""
+    """A layer that starts as zero: its residual block starts by adding nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -444,7 +444,8 @@ def make_unet(cfg, shape):
 class EMA:
     """An exponential moving average of a model's weights, in `ema.model`.
 
-    The decay min(decay, (1 + n) / (10 + n)) lets it follow the fast first n steps.
+    At step n the decay is min(decay, (1 + n) / (10 + n)): while n is small, and the
+    weights change fast, it follows them faster.
     """
 
     def __init__(self, model, decay):
@@ -483,7 +484,7 @@ def train(cfg, run, data):
     return ema.model
 
 
-# %% 6. Likelihood (Sec. 2, 3.3)
+# %% 6. Variational bound ([DDPM] Sec. 2, 3.2, 3.3)
 
 
 def bound_weight(t, schedule, variance="beta"):
@@ -504,7 +505,7 @@ def discrete_log_likelihood(x0, mean, sigma):
     lower = (x0 - 1 / 255 - mean) / sigma  # delta_-
     upper = upper.masked_fill(x0 > 0.999, torch.inf)  # the outermost bins are open
     lower = lower.masked_fill(x0 < -0.999, -torch.inf)
-    mirror = lower > 0  # the same mass in the lower tail, where no digits are lost
+    mirror = lower > 0  # the same mass in the lower tail, precise there
     upper, lower = (torch.where(mirror, -lower, upper),
                     torch.where(mirror, -upper, lower))
     log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
@@ -680,7 +681,7 @@ def main(argv=None):
     else:
         model = train(cfg, run, data)
     if not run.main:
-        return
+        return  # of several processes one draws
 
     sharper = scaled(model, cfg.eps_scale)
 

@@ -8,7 +8,7 @@
 Implemented here: the autoencoder ([LDM] Sec. 3.1) with KL regularisation and, as an
 option, a patch discriminator (App. G, Eq. 25); the scale of the latents (App. G); their
 diffusion (Sec. 3.2, Eq. 2), with the objective of [DDPM] (arXiv 2006.11239) and the
-sampler of [DDIM] (arXiv 2010.02502).
+sampler of [DDIM] (arXiv 2010.02502), whose x_0 and x_t are scaled latents here.
 
 Departures from the paper; `--preset paper` keeps 1, 4 and 5:
   1. no perceptual loss, which needs a network trained on ImageNet; the discriminator,
@@ -17,7 +17,8 @@ Departures from the paper; `--preset paper` keeps 1, 4 and 5:
      error, a KL weight of 0.01: 1e-6 goes with the paper's large perceptual term;
   3. a cosine decay of the learning rates, a shorter average of the weights, training
      on more of the middle t (`drawing`), smaller noise in sampling (`temperature`);
-  4. no codebook (App. G, ii) and no conditioning (Sec. 3.3); the U-Net is [DDPM]'s;
+  4. no codebook (App. G, ii), no conditioning (Sec. 3.3); the U-Net is [DDPM]'s, its
+     gradients are clipped;
   5. the scale is that of all training pictures, the paper's is of one batch;
   6. linear betas, as in [DDPM]: the linear square roots of the code, which keep more of
      the signal half way, are `sqrt_linear`, and the preset's. A schedule that ends near
@@ -62,7 +63,7 @@ class Config:
     reconstruction: Literal["l1", "l2"] = "l2"  # error (code: l1 and perceptual)
     adversarial: float = 0.0  # weight of the discriminator, in [0, 100] (code: 0.5)
     adversarial_start: int = 500  # stage-1 steps before it joins, >= 0 (code: 50001)
-    vae_steps: int = 2000  # optimiser steps of stage 1, >= 1
+    vae_steps: int = 1000  # optimiser steps of stage 1, >= 1
     vae_lr: float = 2e-3  # peak learning rate of stage 1, > 0 (code: 4.5e-6 a picture)
     # diffusion
     T: int = 1000  # diffusion steps, in [1, 1e6] (paper: 1000)
@@ -90,7 +91,7 @@ class Config:
     patch: int = 1  # side of the latent blocks made channels, >= 1 (paper: none, 1)
     # training
     drawing: Literal["uniform", "logit_normal"] = "logit_normal"  # t (paper: uniform)
-    steps: int = 7500  # optimiser steps of stage 2, >= 1 (paper: 410000)
+    steps: int = 5000  # optimiser steps of stage 2, >= 1 (paper: 410000)
     batch_size: int = 32  # pictures a step, over all processes, >= 1 (paper: 48)
     lr: float = 1e-3  # peak learning rate of stage 2, > 0 (paper: 9.6e-5)
     warmup: int = 200  # steps until the peak learning rate, >= 0 (code: 10000)
@@ -222,10 +223,10 @@ def adversarial_weight(loss, adversary, last_layer):
 def draw_t(n, T, drawing="uniform"):
     """The steps t of a batch, (n,) int64 in 1..T, on the CPU.
 
-    "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle, where it is
-    decided what a picture shows: the logit of t / T is normal (arXiv 2403.03206, Sec.
-    3.1), one in each n-th of that distribution, so that batches differ less. One in
-    sixteen is uniform all the same: small t make the bound.
+    "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle t, which decide
+    what a picture shows: the logit of t / T is N(-0.2, 1), after arXiv 2403.03206, Sec.
+    3.1; one draw from each of its n quantiles, so that batches differ less. One t in
+    sixteen is uniform all the same: small t, rare here, weigh most in the bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
@@ -254,7 +255,7 @@ def ddpm_loss(model, x0, schedule, t=None, eps=None):
 
 
 def predict_x0(xt, eps_hat, t, alpha_bars):
-    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 1..T."""
+    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 0..T."""
     alpha_bar = alpha_bars[t]
     return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()  # [DDPM] Eq. 15
 
@@ -284,16 +285,17 @@ def ddim_timesteps(T, S, spacing="linear"):
 def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None):
     """One step x_t -> x_{t_prev}. xt, eps_hat, z: (B, C, H, W), t, t_prev: int in 0..T.
 
-    z ~ N(0, I) is needed where eta > 0. In encoding t_prev is above t.
+    z ~ N(0, I) is needed where eta > 0. With eta = 0, t_prev > t turns x_0 into noise.
     """
     alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[t_prev]
     sigma = torch.zeros_like(alpha_bar)
-    if eta > 0:  # encoding, with eta = 0, steps up: its second root is not real
+    if eta > 0:  # else 0, also where t_prev > t has no second root
         sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())  # [DDIM] Eq. 16
     x0_hat = predict_x0(xt, eps_hat, t, alpha_bars)  # "predicted x_0", [DDIM] Eq. 9
+    # "direction pointing to x_t", the second term of [DDIM] Eq. 12
     direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
-    x_prev = alpha_bar_prev.sqrt() * x0_hat + direction  # "pointing to x_t"
+    x_prev = alpha_bar_prev.sqrt() * x0_hat + direction
     return x_prev if eta == 0 else x_prev + sigma * z  # [DDIM] Eq. 12
 
 
@@ -350,7 +352,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(layer):
-    """A layer that starts as zero, so that its residual block starts as identity."""
+    """A layer that starts as zero: its residual block starts by adding nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -517,8 +519,8 @@ class VAEBlock(nn.Module):
 class VAE(nn.Module):
     """Autoencoder of images (B, C, H, W); its latents are (B, z_channels, H/f, W/f).
 
-    Each of log2(f / patch) levels halves the side and doubles the width, up to four
-    times the base. scale: what the latents are multiplied by for diffusion. Source:
+    1 + log2(f / patch) levels, each but the first of half the side and twice the width,
+    up to four times the base. scale: what diffusion multiplies the latents by. Source:
     [LDM] Sec. 3.1, App. G.
     """
 
@@ -614,7 +616,8 @@ def latent_shape(cfg, shape):
 class EMA:
     """An exponential moving average of a model's weights, in `ema.model`.
 
-    The decay min(decay, (1 + n) / (10 + n)) lets it follow the fast first n steps.
+    At step n the decay is min(decay, (1 + n) / (10 + n)): while n is small, and the
+    weights change fast, it follows them faster.
     """
 
     def __init__(self, model, decay):
@@ -678,7 +681,7 @@ def train_vae(cfg, run, data):
 
 
 def train(cfg, run, data):
-    """Both stages: (averaged U-Net, frozen VAE). None in place of what was not reached.
+    """Both stages: (averaged U-Net, frozen VAE), or (None, VAE) if stopped in stage 1.
 
     Stage 2, [LDM] Eq. 2, is [DDPM] Alg. 1 on latents.
     """
@@ -875,7 +878,7 @@ def main(argv=None):
     cfg, run = open_run("latent", Config, PRESETS, argv)
     data = run.load(load_images(cfg.dataset, cfg.image_size))
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
-    ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # S > T is told before training
+    ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # raises before training if S > T
     if (end := schedule.alpha_bars[-1].item()) < 1e-6:
         raise ValueError(f"schedule {cfg.schedule}: ends, with --T {cfg.T}, at "
                          f"alpha_bar_T = {end:.1e}, which must be at least 1e-06")
@@ -886,7 +889,7 @@ def main(argv=None):
     else:
         model, vae = train(cfg, run, data)
     if not run.main:
-        return
+        return  # of several processes one draws
 
     figure_loss(run)
     figure_autoencoder(run, vae, data)

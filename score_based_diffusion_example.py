@@ -14,7 +14,8 @@ reverse diffusion (App. E), ancestral sampling (App. F), probability-flow sampli
 D.3) and predictor-corrector (Alg. 1 to 5), the probability-flow ODE (Eq. 13) by RK45
 and RK4, exact likelihoods (Eq. 39), codes by the ODE (App. D.4), imputation,
 colorization and sampling by class (Sec. 5, App. I), the network options of App. H.
-[DDPM] is arXiv 2006.11239, [DDIM] 2010.02502, [ADM] 2105.05233.
+[DDPM] is arXiv 2006.11239, [DDIM] 2010.02502, [ADM] 2105.05233; "code" is that of
+the authors, score_sde_pytorch.
 
 Departures from the paper:
   1. time runs from T to eps in equal steps, and reverse diffusion, ancestral sampling
@@ -26,11 +27,10 @@ Departures from the paper:
      Where part is known there are five a step, and r = 0.4 (`inpaint_corrector`);
   3. x0_hat is clamped while sampling images (`clip_x0`), not in likelihoods;
   4. the small U-Net of ddpm_example.py, on 2x2 blocks of pixels, an MLP for points,
-     dilated convolutions for series, a cosine decay of the learning rate, the average
-     of the weights faster at first;
-  5. VE's network predicts what is left of eps when a Gaussian's share is taken out, and
-     its loss does not weigh that by its size: arXiv 2206.00364. Its sigmas are twice
-     the paper's, whose pixels are in [0, 1];
+     dilated convolutions for series, a cosine decay of the learning rate;
+  5. VE's network predicts eps less the best guess for Gaussian data, in units of its
+     own (`scaling`), and the loss is in these units too: arXiv 2206.00364. Its sigmas
+     are twice the paper's, whose pixels are in [0, 1];
   6. pictures are trained on more of the middle t (`weighting`);
   7. not from the paper: the cosine beta, the likelihood weighting, fixed-step RK4.
 `--preset ddpmpp` and `ncsnpp` keep 1, 2, 5, PyTorch's initial weights and its 1e-5 in
@@ -76,17 +76,17 @@ class Config:
     beta_max: float = 20.0  # beta(1) of the linear beta, in (0, 1e4] (paper: 20)
     sigma_min: float = 0.02  # least noise of ve, > 0 (paper: 0.01 for x in [0, 1])
     sigma_max: float = 100.0  # most noise of ve, in (0, 1e6] (paper: 50, as above)
-    weighting: Weighting = "logit_normal"  # lambda(t): std^2, g^2; std^2, middle t
+    weighting: Weighting = "logit_normal"  # of t in the loss (paper: simple, std^2)
     # sampling
     sampler: Sampler = "pc"  # which one (paper: pc for ve, em for vp and subvp)
     N: int = 500  # steps, in [1, 1e6]; rk4 makes N / 4, rk45 its own (paper: 1000)
     predictor: Predictor = "reverse"  # of pc, and where part is known (code: reverse)
     corrector_steps: int = 1  # of pc, a predictor step, in [0, 1000] (paper: 1)
     snr: float = 0.16  # r of the corrector, in (0, 10] (paper: ve 0.16, vp 0.01)
-    tolerance: float = 1e-4  # of rk45, both kinds, in [1e-12, 1) (paper: 1e-5)
+    tolerance: float = 1e-4  # of rk45, rtol and atol, in [1e-12, 1) (paper: 1e-5)
     denoise: bool = True  # end with a mean: the last step's, Tweedie's (paper: yes)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1]; images only (paper: no)
-    std_floor: float = 1e-5  # least std in -eps_hat / std, in [0, 1]
+    std_floor: float = 1e-5  # least std that eps_hat is divided by, in [0, 1]
     temperature: float = 1.0  # scales the starting noise, in [0, 100] (paper: 1)
     likelihood: int = 16  # held-out examples whose likelihood is computed, >= 0
     n_samples: int = 64  # drawn at the end, in [1, 1e6]; points 100, series 5 times
@@ -171,7 +171,7 @@ class SDE:
     x: (B, ...); t: (B,) of x's dtype. A subclass gives m(t), std(t) of the kernel
     p(x_t | x_0) = N(m x_0, std^2 I), drift and diffusion, the std of the prior, and how
     the network is asked. Sampling ends at the time eps, training at eps_train ([SDE]
-    App. C); elsewhere eps is noise, and epsilon the corrector's step.
+    App. C). In score_loss eps is noise; epsilon is the corrector's step.
     """
 
     T, eps, eps_train, prior_std, device = 1.0, 1e-3, 1e-5, 1.0, "cpu"
@@ -319,8 +319,8 @@ class SubVPSDE(VPSDE):
 def transition(sde, s, t):
     """(a, variance) of x_t = a x_s + sqrt(variance) z, floats, s < t.
 
-    VE: a = 1, variance sigma_t^2 - sigma_s^2 ([SDE] Eq. 8). VP: a = sqrt(1 - beta_i),
-    variance beta_i ([SDE] Eq. 10).
+    VE: a = 1, variance sigma_t^2 - sigma_s^2 ([SDE] Eq. 8). VP: [SDE] Eq. 10 with the
+    exact beta_i = 1 - exp(B(s) - B(t)), B the integral of beta. Sub-VP: VP's a.
     """
     s, t = (torch.tensor(u, dtype=torch.float64) for u in (s, t))
     a = sde.m(t) / sde.m(s)
@@ -369,12 +369,12 @@ def draw_times(sde, n, weighting="simple"):
     """(n,) times of a batch, and the factor of the loss that makes up for their share.
 
     "simple": uniform in [eps_train, T]. "likelihood": with density proportional to
-    g^2 / std^2, the weight of eps_hat's error, which grows like 1 / t: the weight is
+    g^2 / std^2, the weight of eps_hat's error, like 1 / t near 0 (VE: constant): it is
     drawn, not multiplied, and the loss keeps a small variance (arXiv 2101.09258).
-    "logit_normal": more of the middle, where it is decided what a sample shows: the
-    logit of t / T is normal (arXiv 2403.03206, Sec. 3.1), one in each n-th of that
-    distribution, so that batches differ less; one in sixteen is uniform all the same,
-    since small t make the likelihood. The factor stays 1.
+    "logit_normal": more of the middle t, which decide what a sample shows: the logit of
+    t / T is N(-0.2, 1), after arXiv 2403.03206, Sec. 3.1; one draw from each of its n
+    quantiles, so that batches differ less. One t in sixteen is uniform all the same:
+    small t, rare here, weigh most in the likelihood. The factor stays 1.
     """
     u = torch.rand(n)
     if weighting == "logit_normal":
@@ -472,6 +472,7 @@ def langevin_step(score, x, t, alpha, snr):
     """One corrector step at t. alpha: 1 (VE), or 1 - beta. [SDE] Alg. 4, 5."""
     z = torch.randn_like(x)  # line 4
     g = score(x, at(t, x))  # line 5
+    # means over the batch, as in the authors' code
     z_norm, g_norm = (u.flatten(1).norm(dim=1).mean() for u in (z, g))
     epsilon = 2 * alpha * (snr * z_norm / g_norm) ** 2  # line 6, App. G
     return x + epsilon * g + (2 * epsilon).sqrt() * z  # line 7
@@ -482,9 +483,11 @@ def sde_process(predictor, score, sde, xT, steps, denoise=True, corrector_steps=
                 snr=0.16, constrain=None):
     """From noise xT: (B, ...), yields (t, x_t) on the way from T to eps. [SDE] Alg. 1.
 
-    predictor(score, sde, x, t, s) gives the mean of x_s and the std of its noise; so
-    many steps of the corrector come before it, of signal-to-noise ratio r = snr ([SDE]
-    Alg. 2: VE, 3: VP). constrain(x, t) makes each new state a wanted one: imputation.
+    predictor(score, sde, x, t, s) gives the mean of x_s and the std of its noise;
+    corrector_steps steps of the corrector come before it, with the signal-to-noise
+    ratio r = snr ([SDE] Alg. 2: VE, 3: VP). constrain(x, t) makes each new state a
+    wanted one: imputation.
+
     denoise: the last step's mean is the sample, (0, x_0). Its noise is larger than that
     of x_eps as soon as the steps are few, so that [SDE] App. G's Tweedie formula, which
     takes away the noise of x_eps, would leave most of it.
@@ -515,23 +518,23 @@ def last(states):
 
 
 def euler_maruyama(score, sde, shape, steps, **how):
-    """The reverse SDE ([SDE] Eq. 6) by Euler-Maruyama; how: see `sample`."""
+    """The reverse SDE ([SDE] Eq. 6) by Euler-Maruyama; how: see `sde_process`."""
     return sample(em_step, score, sde, shape, steps, **how)
 
 
 def reverse_diffusion(score, sde, shape, steps, **how):
-    """Reverse diffusion sampling ([SDE] App. E); how: see `sample`."""
+    """Reverse diffusion sampling ([SDE] App. E); how: see `sde_process`."""
     return sample(reverse_diffusion_step, score, sde, shape, steps, **how)
 
 
 def ancestral_sampling(score, sde, shape, steps, **how):
-    """Ancestral sampling ([SDE] App. F) for VE and VP; how: see `sample`."""
+    """Ancestral sampling ([SDE] App. F) for VE and VP; how: see `sde_process`."""
     return sample(ancestral_step, score, sde, shape, steps, **how)
 
 
 def predictor_corrector(score, sde, shape, steps, snr=0.16, corrector_steps=1,
                         predictor=reverse_diffusion_step, **how):
-    """Corrector and predictor in turn ([SDE] Alg. 1); how: see `sample`.
+    """Corrector and predictor in turn ([SDE] Alg. 1); how: see `sde_process`.
 
     snr: signal-to-noise ratio r of the corrector.
     """
@@ -635,16 +638,17 @@ def log_likelihood(score, sde, x, trace="exact", probe="rademacher", tolerance=1
 
 
 def dequantize(x):
-    """8-bit values k in [-1, 1] spread over their bins: (k + u) / 256, rescaled."""
+    """8-bit x = k / 127.5 - 1 spread over its bin: (k + u) / 128 - 1, u in [0, 1)."""
     k = (x + 1) * 127.5
     return (k + torch.rand_like(x)) / 128 - 1
 
 
 def bits_per_dim(score, sde, x, **how):
-    """-log_2 of the probability of 8-bit images x: (B, C, H, W), a dimension: (B,).
+    """Bits/dim of 8-bit images x: (B, C, H, W) -> (B,), by one uniform dequantization.
 
-    A bin is 2/256 wide, hence the 7 (code). how: see log_likelihood. ValueError for x
-    that are not 8-bit images in [-1, 1].
+    In expectation an upper bound of -log_2 of their probability; the trace is estimated
+    ([SDE] Eq. 40). A bin is 2/256 wide, hence the 7 (code). how: see log_likelihood.
+    ValueError for x that are not 8-bit images in [-1, 1].
     """
     if not is_8bit(x):
         raise ValueError("bits/dim needs 8-bit images scaled to [-1, 1]")
@@ -747,7 +751,7 @@ class FourierFeatures(nn.Module):
 
 
 def zero_init(layer):
-    """A layer that starts as zero, so that its residual block starts as identity."""
+    """A layer that starts as zero: its residual block starts by adding nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -874,7 +878,7 @@ class ResampleBlock(ResBlock):
 
 
 class UNet(nn.Module):
-    """What network_eps asks. x: (B, C, H, W), t: (B,), 999 t or ln sigma -> like x.
+    """A U-Net for network_eps. x: (B, C, H, W), t: (B,), 999 t or ln sigma -> like x.
 
     H and W are multiples of patch * 2^(levels - 1). attention: the resolutions, after
     patching, where it follows each block on the way down, and the last on the way up.
@@ -986,7 +990,7 @@ class UNet(nn.Module):
 
 
 class ScoreMLP(nn.Module):
-    """What network_eps asks of points. x: (B, dim), t: (B,), 999 t or ln sigma."""
+    """An MLP for network_eps. x: (B, dim), t: (B,), 999 t or ln sigma -> like x."""
 
     def __init__(self, dim=2, hidden=128, layers=4, fourier=False):
         super().__init__()
@@ -1023,9 +1027,9 @@ class DilatedBlock(nn.Module):
 
 
 class SeriesNet(nn.Module):
-    """What network_eps asks of series. x: (B, 1, L), any L, t: (B,) -> like x.
+    """Convolutions for network_eps. x: (B, 1, L), any L, t: (B,) -> like x.
 
-    Convolutions of dilation 1, 2, ..., 64, 1, ... as in WaveNet, arXiv 1609.03499, but
+    They are of dilation 1, 2, ..., 64, 1, ... as in WaveNet, arXiv 1609.03499, but
     looking both ways; over pictures one pixel high, which CPUs are faster at. offset,
     unit: what undoes the scaling of the data it was trained on.
     """
@@ -1101,7 +1105,8 @@ def make_network(cfg, shape):
 class EMA:
     """An exponential moving average of a model's weights, in `ema.model`.
 
-    The decay min(decay, (1 + n) / (10 + n)) lets it follow the fast first n steps.
+    At step n the decay is min(decay, (1 + n) / (10 + n)): while n is small, and the
+    weights change fast, it follows them faster.
     """
 
     def __init__(self, model, decay):
@@ -1211,7 +1216,7 @@ def process(cfg, score, sde, xT, calls=None):
 
 
 def make_methods(cfg, sde):
-    """{name: Config} of the samplers that are compared: Tab. 1, and the ODE."""
+    """{name: Config} of the samplers compared: Tab. 1, Euler-Maruyama and the ODE."""
     names = {"reverse": "reverse diffusion", "ancestral": "ancestral",
              "flow": "probability flow"}
     if "ancestral" not in sde.samplers:
@@ -1747,7 +1752,7 @@ def main(argv=None):
     if cfg.classes and not run.stopped:
         classifier = train_classifier(cfg, run, sde, data)
     if not run.main:
-        return
+        return  # of several processes one draws
     if kind == 2:
         data = data.rescale(model.offset.item(), model.unit.item())
 

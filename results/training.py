@@ -1,4 +1,4 @@
-"""The same noises after 500 to 8,000 steps of training, with and without the average.
+"""The same noises after 250 to 4,000 steps of training, with and without the average.
 
 Trains ddim_example.py's default network, as `train` there does, and writes
 results/ddim/training.png and training.json; takes about as long as that script.
@@ -18,14 +18,16 @@ from common.data import load_images  # noqa: E402
 from common.runs import new_run  # noqa: E402
 
 
-def look(model, data, schedule, xT):
+def look(model, cfg, data, schedule, xT):
     """What a network draws of the noises xT: 8 pictures, the share that is legible."""
-    drawn = [ddim.ddim_sample(model, part.shape, schedule, S=20, xT=part)
+    model = ddim.scaled(model, cfg.eps_scale)
+    drawn = [ddim.ddim_sample(model, part.shape, schedule, S=20, xT=part,
+                              temperature=cfg.temperature)
              for part in xT.split(100)]
     return drawn[0][:8], metrics.glance(torch.cat(drawn), data)["legible"]
 
 
-def main(n=500, at=(500, 1000, 2000, 4000, 8000), folder=ROOT / "results/ddim", **how):
+def main(n=500, at=(250, 500, 1000, 2000, 4000), folder=ROOT / "results/ddim", **how):
     """Train, look at the steps `at` from n noises; the averaged network.
 
     how: see common.runs.new_run.
@@ -49,14 +51,15 @@ def main(n=500, at=(500, 1000, 2000, 4000, 8000), folder=ROOT / "results/ddim", 
         ema.update(model, step)
         for name, network in (("averaged", ema.model), ("last weights", model)):
             if step + 1 in at:
-                pictures, legible = look(network.eval(), data, schedule, xT)
+                pictures, legible = look(network.eval(), cfg, data, schedule, xT)
                 rows.append(pictures)
                 labels.append(f"{step + 1} steps, {name}\n{legible:.0%} legible")
                 found[f"{step + 1}, {name}"] = legible
         model.train()
     plotting.table(folder / "training.png", rows,
                    "One noise a column, 20 steps, eta = 0", labels)
-    (folder / "training.json").write_text(json.dumps({"n": n, "legible": found}, indent=2))
+    found = {"n": n, "legible": found}
+    (folder / "training.json").write_text(json.dumps(found, indent=2))
     return ema.model
 
 

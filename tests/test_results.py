@@ -14,7 +14,9 @@ import torch
 from conftest import ROOT, open_picture, open_run, spied
 
 sys.path.insert(0, str(ROOT / "results"))
+import failures  # noqa: E402
 import guidance  # noqa: E402
+import how_many  # noqa: E402
 import race  # noqa: E402
 import sdes  # noqa: E402
 import training  # noqa: E402
@@ -25,6 +27,9 @@ import unique_codes  # noqa: E402
 def test_training_looks_at_both_networks_on_the_way(tmp_path, monkeypatch):
     looked, drawn = [], []
     spied(monkeypatch, training, "look", lambda given, out: looked.append((given["model"], out, given["xT"])))
+    how = []
+    spied(monkeypatch, training.ddim, "ddim_sample", lambda given, _: how.append((given["temperature"], given["S"])))
+    spied(monkeypatch, training.ddim, "scaled", lambda given, _: how.append(given["scale"]))
     spied(monkeypatch, training.plotting, "table", lambda given, _: drawn.append(given))
     training.main(n=9, at=(2, 4), folder=tmp_path, out=tmp_path / "runs", device="cpu")
     (ema, first, xT), (model, raw, again), (_, last, _), _ = looked
@@ -36,6 +41,7 @@ def test_training_looks_at_both_networks_on_the_way(tmp_path, monkeypatch):
     assert [label.split("\n")[0] for label in labels] == [
         "2 steps, averaged", "2 steps, last weights", "4 steps, averaged", "4 steps, last weights"]
     assert torch.equal(rows[0], first[0]) and torch.equal(rows[1], raw[0])
+    assert set(how) == {(0.9, 20), 1.1}  # as the script draws
     open_picture(tmp_path / "training.png")
     found = json.loads((tmp_path / "training.json").read_text())
     assert found["n"] == 9
@@ -48,7 +54,7 @@ def test_training_trains_as_the_script_does(tmp_path, monkeypatch):
     """The same weights, from a Config with weight decay and mirrored pictures."""
     cfg = replace(ddim.PRESETS["smoke"], weight_decay=0.3, flip=True, steps=4)
     monkeypatch.setattr(ddim, "Config", lambda steps: replace(cfg, steps=steps))
-    monkeypatch.setattr(training, "look", lambda model, data, schedule, xT: (xT[:1], 0.5))
+    monkeypatch.setattr(training, "look", lambda model, cfg, data, schedule, xT: (xT[:1], 0.5))
     found = training.main(n=2, at=(2, 4), folder=tmp_path, out=tmp_path / "runs", device="cpu")
     run = new_run("ddim", cfg, out=tmp_path / "runs", device="cpu")
     data = run.load(load_images(cfg.dataset))
@@ -149,3 +155,63 @@ def test_unique_codes_are_of_two_networks_and_the_same_points(tmp_path, monkeypa
                      for file in (tmp_path / "runs").glob("*/*/config.json"))
     assert configs == [8, 16]
     open_picture(tmp_path / "unique_codes.png")
+
+
+@pytest.mark.slow
+def test_failures_are_each_made_by_one_mistake(tmp_path, monkeypatch):
+    trained, drawn = [], []
+
+    def train(cfg, run, data):
+        trained.append((cfg, data, failures.ddim.EMA))
+        return lambda x, t: torch.full_like(x, 0.1)
+
+    monkeypatch.setattr(failures.ddim, "train", train)
+    spied(monkeypatch, failures.ddim, "ddim_process", lambda given, _: drawn.append(given))
+    parts = failures.main(steps=12, columns=3, file=tmp_path / "broken.png", out=tmp_path, device="cpu")
+    assert len(parts) == 12 and all(x.shape == (3, 1, 28, 28) for x in parts.values())
+    good = parts["as it should be"]
+    assert all(not torch.equal(good, x) for name, x in parts.items() if x is not good)
+    (grey, _, _), (late, _, average), (short, _, _), (few, small, _) = [t for t in trained]
+    assert trained[0][1].train.min() == 0 and trained[0][1].train.max() == 1
+    assert late.ema == 0.9999 and average is failures.FixedDecay and failures.ddim.EMA is not failures.FixedDecay
+    assert [grey.steps, late.steps, short.steps, few.steps] == [12, 12, 2, 24] and len(small.train) == 20
+    nearest = parts["the nearest\nof the 20"]
+    assert all(any(torch.equal(x, y) for y in small.train) for x in nearest)
+    assert [given["temperature"] for given in drawn][:7] == [0.9, 0.9, 1.0, 0.9, 0.9, 0.9, 0.5]
+    assert [given["S"] for given in drawn][:7] == [50, 50, 10, 50, 1000, 50, 50]
+    open_picture(tmp_path / "broken.png")
+
+
+def test_an_average_with_a_fixed_decay_stays_where_it_began():
+    model = torch.nn.Linear(2, 2)
+    ema = failures.FixedDecay(model, 0.9)
+    before = ema.model.weight.clone()
+    with torch.no_grad():
+        model.weight += 1
+    ema.update(model, 0)
+    torch.testing.assert_close(ema.model.weight, before + 0.1)
+
+
+@pytest.mark.slow
+def test_how_many_trains_on_so_many_pictures(tmp_path, monkeypatch):
+    trained = []
+
+    def train(cfg, run, data):
+        trained.append((cfg, data))
+        return lambda x, t: torch.full_like(x, 0.5)
+
+    monkeypatch.setattr(how_many.ddim, "train", train)
+    drawn = []
+    spied(monkeypatch, how_many.ddim, "ddim_sample", lambda given, _: drawn.append(given))
+    rows = how_many.main((5, 30), n=120, folder=tmp_path, changes={"T": 30, "steps": 7}, out=tmp_path, device="cpu")
+    assert [len(data.train) for _, data in trained] == [5, 30] and len(trained[0][1].test) == 500
+    assert torch.equal(trained[0][1].train, trained[1][1].train[:5])
+    assert [len(given["xT"]) for given in drawn] == [100, 20] * 2
+    assert drawn[0]["S"] == 30 and drawn[0]["eta"] == 1.0 and drawn[0]["temperature"] == 0.9
+    assert json.loads((tmp_path / "how_many.json").read_text()) == json.loads(json.dumps(rows))
+    for row, count in zip(rows, (5, 30), strict=True):
+        assert row["pictures"] == count and row["n"] == 120 and row["steps"] == 7
+        data = load_images("digits")
+        train = trained[0 if count == 5 else 1][1].train
+        wanted = torch.cdist(data.test.flatten(1), train.flatten(1)).min(1).values.mean() / 28
+        assert row["nearest_trained_rms"]["held_out"] == pytest.approx(wanted.item(), rel=1e-3)
