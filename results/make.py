@@ -28,7 +28,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, WORK = ROOT / "results", ROOT / "outputs" / "evidence"
-PAGES = ["README.md", "README.ko.md", "results/README.md"]
+PAGES = ["README.md", "README.ko.md", "docs/use.md", "results/README.md"]
 
 
 class Step(NamedTuple):
@@ -47,7 +47,7 @@ class Step(NamedTuple):
 STEPS = {
     "ddpm": Step(
         "ddpm_example.py", 6, "ddpm",
-        "metrics.json samples.png neighbours.png denoising.png denoising.gif "
+        "metrics.json samples.png neighbours.png denoising.png "
         "forward.png schedules.png loss.png", "ddpm"),
     "ddpm_scores": Step(
         "ddpm_example.py --sample {ddpm} --evaluate 500", 7, "ddpm",
@@ -120,6 +120,7 @@ STEPS = {
     "training": Step("results/training.py", 8, ""),
     "how_many": Step("results/how_many.py", 16, ""),
     "failures": Step("results/failures.py", 6, ""),
+    "gallery": Step("results/gallery.py {ddpm} {conditional} {swiss_roll}", 1, ""),
     "race": Step("results/race.py", 45, ""),
 }
 

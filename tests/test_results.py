@@ -12,9 +12,11 @@ from common.runs import new_run
 import pytest
 import torch
 from conftest import ROOT, open_picture, open_run, spied
+from PIL import Image
 
 sys.path.insert(0, str(ROOT / "results"))
 import failures  # noqa: E402
+import gallery  # noqa: E402
 import guidance  # noqa: E402
 import how_many  # noqa: E402
 import race  # noqa: E402
@@ -215,3 +217,18 @@ def test_how_many_trains_on_so_many_pictures(tmp_path, monkeypatch):
         train = trained[0 if count == 5 else 1][1].train
         wanted = torch.cdist(data.test.flatten(1), train.flatten(1)).min(1).values.mean() / 28
         assert row["nearest_trained_rms"]["held_out"] == pytest.approx(wanted.item(), rel=1e-3)
+
+
+def test_the_gallery_shows_the_films_side_by_side(tmp_path):
+    for name, count, size in (("a", 3, (20, 30)), ("b", 5, (40, 20))):
+        (tmp_path / name).mkdir()
+        frames = [Image.new("RGB", size, (60 * i, 0, 0)) for i in range(count)]
+        frames[0].save(tmp_path / name / "denoising.gif", save_all=True, append_images=frames[1:], duration=80)
+    gallery.main(tmp_path / "a", tmp_path / "b", file=tmp_path / "g.gif", height=60, frames=9)
+    with Image.open(tmp_path / "g.gif") as film:
+        assert film.size == (40 + 12 + 120, 60) and film.n_frames >= 5
+        first = film.convert("RGB")
+        assert first.getpixel((5, 5)) == (0, 0, 0) and first.getpixel((45, 5)) == (255, 255, 255)
+        film.seek(film.n_frames - 1)
+        last = film.convert("RGB")
+        assert last.getpixel((5, 5)) == (120, 0, 0) and last.getpixel((100, 5)) == (240, 0, 0)
