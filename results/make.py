@@ -424,8 +424,8 @@ KOREAN = {  # of the tables that README.ko.md shows
     "script": "스크립트", "training": "학습", "all, with figures": "그림까지 모두",
     "one batch of samples": "표본 한 묶음",
     "legible, distance, recall": "판독률, 거리, 재현율",
-    "held-out digits": "남겨 둔 숫자",
-    "CPU minutes, steps": "CPU 분, 스텝", "legible": "판독률",
+    "held-out digits": "따로 떼어 둔 숫자",
+    "CPU minutes, steps": "CPU 시간(분), 스텝", "legible": "판독률",
     "DDPM, T steps": "DDPM, T 스텝", "DDIM, 25 steps, η = 0": "DDIM, 25 스텝, η = 0"}
 
 
