@@ -35,8 +35,8 @@ Departures from the papers:
   7. a cosine decay of the learning rate, clipped gradients, a shorter average of the
      weights, which follows them faster at first.
 
-It trains for an estimated 15 CPU minutes, all cores added up. What it draws and how
-good that is: results/ and README.md.
+It trains for 10 to 17 CPU minutes, all cores added up. What it draws and how good that
+is: results/ and README.md.
 """
 
 import copy

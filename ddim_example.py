@@ -21,7 +21,7 @@ Departures from the paper (`--preset paper` undoes all but 4 and 8):
      (`temperature`): what a small network gets wrong does less harm;
   8. tau always ends in T, in the authors' code a little below it.
 
-It trains for 8 to 14 CPU minutes, all cores added up. What it draws and how good that
+It trains for 7 to 14 CPU minutes, all cores added up. What it draws and how good that
 is: results/ and README.md.
 """
 

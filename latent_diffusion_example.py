@@ -25,8 +25,8 @@ Departures from the paper; `--preset paper` keeps 1, 4 and 5:
      0, such as the cosine, is refused: the first step of DDIM would magnify the
      network's error a thousandfold, and latents have no range to clamp to.
 
-It trains for an estimated 12 to 30 CPU minutes, all cores added up. What it draws and
-how good that is: results/ and README.md.
+It trains for 10 to 17 CPU minutes, all cores added up. What it draws and how good that
+is: results/ and README.md.
 """
 
 import copy

@@ -36,7 +36,7 @@ Departures from the paper:
 `--preset ddpmpp` and `ncsnpp` keep 1, 2, 5, PyTorch's initial weights and its 1e-5 in
 the group norms (code: uniform weights scaled by the mean of both fans, 1e-6).
 
-It trains for 9 to 15 CPU minutes, all cores added up. What it draws and how good that
+It trains for 8 to 15 CPU minutes, all cores added up. What it draws and how good that
 is: results/ and README.md.
 """
 
