@@ -670,7 +670,7 @@ def main(argv=None):
     plotting.samples(run.path("samples.png"), samples, data, "Drawn from noise")
     plotting.neighbours(run.path("neighbours.png"), samples, data)
     figure_loss(run, model, data, schedule)
-    figure_denoising(run, sharper, states(range(9)), schedule.alpha_bars)
+    figure_denoising(run, model, states(range(9)), schedule.alpha_bars)
     figure_steps(run, cfg, sharper, schedule, data.shape)
     figure_interpolation(run, cfg, sharper, schedule, data.shape)
     figure_reconstruction(run, cfg, model, schedule, data)

@@ -47,11 +47,12 @@ class Step(NamedTuple):
 STEPS = {
     "ddpm": Step(
         "ddpm_example.py", 6, "ddpm",
-        "metrics.json samples.png neighbours.png denoising.png "
-        "forward.png schedules.png loss.png", "ddpm"),
+        "metrics.json samples.png neighbours.png forward.png schedules.png loss.png",
+        "ddpm"),
     "ddpm_scores": Step(
         "ddpm_example.py --sample {ddpm} --evaluate 500", 7, "ddpm",
-        "metrics.json>evaluation.json bound.png rate_distortion.png"),
+        "metrics.json>evaluation.json denoising.png bound.png "
+        "rate_distortion.png"),
     "ddim": Step(
         "ddim_example.py", 6, "ddim",
         "metrics.json samples.png eta.png reconstruction.png interpolation.png "
@@ -480,10 +481,9 @@ def main(argv=None):
         print(f"{len(todo)} steps to do, about {minutes} minutes on 2 cores",
               flush=True)
     if not (opts.list or opts.tables):
-        commit = code_commit()
         for name in todo:
             print(f"== {name}: about {STEPS[name].minutes} minutes", flush=True)
-            run(name, commit)
+            run(name, code_commit())
     if not opts.list:
         write_tables()
 

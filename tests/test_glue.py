@@ -384,6 +384,22 @@ def test_samples_are_drawn_with_eps_scaled_and_the_rest_is_the_network(module, g
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("module", [ddpm, ddim])
+def test_x0_hat_on_the_way_is_the_network_s_own(module, smoke_runs, tmp_path, monkeypatch):
+    """A mean over pictures, as the paper has it, not made stronger as for sampling."""
+    shown = []
+
+    def stop(run, model, *_):
+        shown.append(model)
+        raise Stop
+
+    monkeypatch.setattr(module, "figure_denoising", stop)
+    with pytest.raises(Stop):
+        module.main(["--device", "cpu", "--sample", str(smoke_runs[module]), "--out", str(tmp_path)])
+    assert isinstance(shown[0], module.UNet)
+
+
+@pytest.mark.slow
 @every_script
 def test_the_temperature_scales_the_starting_noise(module, smoke_runs, tmp_path, monkeypatch):
     """The papers' is 1; what it does to the other noise is tested with the samplers."""
