@@ -40,13 +40,11 @@ def sampling_mistakes(model, xT, cfg):
     """Yields (label, pictures) of one trained network, sampled wrongly."""
     schedule = ddim.make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T)
     schedule = schedule.to(xT.device)
-    stride = cfg.T // 50
-
     def clamped(*args):
         return ddim.ddim_step(*args).clamp(-1, 1)
 
     def told(shift):
-        return lambda xt, t: model(xt, (t - shift).clamp(min=1))
+        return lambda xt, t: model(xt, (t + shift).clamp(1, cfg.T))
 
     yield "as it should be", draw(model, xT, cfg)
     *_, (_, x), _, _, _ = ddim.ddim_process(
@@ -54,9 +52,11 @@ def sampling_mistakes(model, xT, cfg):
     yield "ends before t = 0", x
     yield "too much noise\nin few steps", draw(
         model, xT, cfg, S=10, step=ddim.sigma_hat_step, temperature=1.0)
-    yield "told t one step\ntoo small", draw(told(stride), xT, cfg)
-    yield "t off by one", draw(told(1), xT, cfg, S=cfg.T)
-    yield "x_t clamped,\nnot x0_hat", draw(model, xT, cfg, step=clamped, clip_x0=False)
+    yield "told t 100\ntoo large", draw(told(100), xT, cfg)
+    yield "told t 200\ntoo small", draw(told(-200), xT, cfg)
+    yield "t off by one", draw(told(-1), xT, cfg, S=cfg.T)
+    yield "x_t clamped,\nnot x0_hat, eta = 0", draw(
+        model, xT, cfg, step=clamped, clip_x0=False, eta=0.0)
     yield "temperature 0.5", draw(model, xT, cfg, temperature=0.5)
 
 

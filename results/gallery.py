@@ -2,7 +2,8 @@
 
     python results/gallery.py RUN RUN RUN       of run folders: their denoising.gif
 
-The GIFs stand side by side, each as long as the longest: frames are held or left out.
+Films about as high as wide stand side by side, wide ones below; each is as long as the
+others, its frames held or left out.
 """
 
 import sys
@@ -13,24 +14,33 @@ from PIL import Image, ImageSequence
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def main(*folders, file=ROOT / "results/gallery.gif", height=300, frames=33):
+def read(folder, frames):
+    """denoising.gif of a run folder as so many pictures."""
+    film = Image.open(Path(folder) / "denoising.gif")
+    film = [picture.convert("RGB") for picture in ImageSequence.Iterator(film)]
+    return [film[i * (len(film) - 1) // (frames - 1)] for i in range(frames)]
+
+
+def main(*folders, file=ROOT / "results/gallery.gif", height=270, frames=24, gap=10):
     """Write the file from denoising.gif of each run folder."""
-    films = []
-    for folder in folders:
-        film = Image.open(Path(folder) / "denoising.gif")
-        film = [picture.convert("RGB") for picture in ImageSequence.Iterator(film)]
-        width = round(film[0].width * height / film[0].height)
-        film = [film[i * (len(film) - 1) // (frames - 1)] for i in range(frames)]
-        films.append([picture.resize((width, height)) for picture in film])
+    films = [read(folder, frames) for folder in folders]
+    wide = [film for film in films if film[0].width > 2 * film[0].height]
+    square = [film for film in films if film not in wide]
+    widths = [round(film[0].width * height / film[0].height) for film in square]
+    total = sum(widths) + gap * (len(square) - 1)
+    heights = [round(film[0].height * total / film[0].width) for film in wide]
     sheets = []
-    for row in zip(*films, strict=True):
-        sheet = Image.new("RGB", (sum(p.width + 12 for p in row) - 12, height), "white")
-        left = 0
-        for picture in row:
-            sheet.paste(picture, (left, 0))
-            left += picture.width + 12
-        sheets.append(sheet.quantize(32))
-    times = [80] * (frames - 1) + [1500]
+    for i in range(frames):
+        size = total, height + sum(heights) + gap * len(wide)
+        sheet, left, top = Image.new("RGB", size, "white"), 0, height + gap
+        for film, width in zip(square, widths, strict=True):
+            sheet.paste(film[i].resize((width, height), Image.NEAREST), (left, 0))
+            left += width + gap
+        for film, high in zip(wide, heights, strict=True):
+            sheet.paste(film[i].resize((total, high), Image.BOX), (0, top))
+            top += high + gap
+        sheets.append(sheet.quantize(16))
+    times = [100] * (frames - 1) + [1500]
     sheets[0].save(file, save_all=True, append_images=sheets[1:], duration=times, loop=0)
 
 

@@ -170,7 +170,7 @@ def test_failures_are_each_made_by_one_mistake(tmp_path, monkeypatch):
     monkeypatch.setattr(failures.ddim, "train", train)
     spied(monkeypatch, failures.ddim, "ddim_process", lambda given, _: drawn.append(given))
     parts = failures.main(steps=12, columns=3, file=tmp_path / "broken.png", out=tmp_path, device="cpu")
-    assert len(parts) == 12 and all(x.shape == (3, 1, 28, 28) for x in parts.values())
+    assert len(parts) == 13 and all(x.shape == (3, 1, 28, 28) for x in parts.values())
     good = parts["as it should be"]
     assert all(not torch.equal(good, x) for name, x in parts.items() if x is not good)
     (grey, _, _), (late, _, average), (short, _, _), (few, small, _) = [t for t in trained]
@@ -179,8 +179,8 @@ def test_failures_are_each_made_by_one_mistake(tmp_path, monkeypatch):
     assert [grey.steps, late.steps, short.steps, few.steps] == [12, 12, 2, 24] and len(small.train) == 20
     nearest = parts["the nearest\nof the 20"]
     assert all(any(torch.equal(x, y) for y in small.train) for x in nearest)
-    assert [given["temperature"] for given in drawn][:7] == [0.9, 0.9, 1.0, 0.9, 0.9, 0.9, 0.5]
-    assert [given["S"] for given in drawn][:7] == [50, 50, 10, 50, 1000, 50, 50]
+    assert [given["temperature"] for given in drawn][:8] == [0.9, 0.9, 1.0, 0.9, 0.9, 0.9, 0.9, 0.5]
+    assert [given["S"] for given in drawn][:8] == [50, 50, 10, 50, 50, 1000, 50, 50]
     open_picture(tmp_path / "broken.png")
 
 
@@ -219,16 +219,16 @@ def test_how_many_trains_on_so_many_pictures(tmp_path, monkeypatch):
         assert row["nearest_trained_rms"]["held_out"] == pytest.approx(wanted.item(), rel=1e-3)
 
 
-def test_the_gallery_shows_the_films_side_by_side(tmp_path):
-    for name, count, size in (("a", 3, (20, 30)), ("b", 5, (40, 20))):
+def test_the_gallery_shows_the_films_side_by_side_and_wide_ones_below(tmp_path):
+    for name, count, size in (("a", 3, (20, 30)), ("b", 5, (120, 30)), ("c", 9, (40, 30))):
         (tmp_path / name).mkdir()
-        frames = [Image.new("RGB", size, (60 * i, 0, 0)) for i in range(count)]
+        frames = [Image.new("RGB", size, (25 * i, 0, 0)) for i in range(count)]
         frames[0].save(tmp_path / name / "denoising.gif", save_all=True, append_images=frames[1:], duration=80)
-    gallery.main(tmp_path / "a", tmp_path / "b", file=tmp_path / "g.gif", height=60, frames=9)
+    folders = [tmp_path / name for name in "abc"]
+    gallery.main(*folders, file=tmp_path / "g.gif", height=60, frames=9, gap=10)
     with Image.open(tmp_path / "g.gif") as film:
-        assert film.size == (40 + 12 + 120, 60) and film.n_frames >= 5
-        first = film.convert("RGB")
-        assert first.getpixel((5, 5)) == (0, 0, 0) and first.getpixel((45, 5)) == (255, 255, 255)
-        film.seek(film.n_frames - 1)
+        assert film.size == (40 + 10 + 80, 60 + 10 + 32) and film.n_frames == 9
+        film.seek(8)
         last = film.convert("RGB")
-        assert last.getpixel((5, 5)) == (120, 0, 0) and last.getpixel((100, 5)) == (240, 0, 0)
+    assert [last.getpixel(at) for at in ((5, 5), (45, 5), (60, 5), (5, 65), (5, 90))] == [
+        (50, 0, 0), (255, 255, 255), (200, 0, 0), (255, 255, 255), (100, 0, 0)]
