@@ -43,6 +43,9 @@ def sampling_mistakes(model, xT, cfg):
     def clamped(*args):
         return ddim.ddim_step(*args).clamp(-1, 1)
 
+    def quiet(xt, eps_hat, t, t_prev, alpha_bars, eta, z):
+        return ddim.ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta, 0 * z)
+
     def told(shift):
         return lambda xt, t: model(xt, (t + shift).clamp(1, cfg.T))
 
@@ -52,6 +55,7 @@ def sampling_mistakes(model, xT, cfg):
     yield "ends before t = 0", x
     yield "too much noise\nin few steps", draw(
         model, xT, cfg, S=10, step=ddim.sigma_hat_step, temperature=1.0)
+    yield "no noise\nadded back", draw(model, xT, cfg, step=quiet)
     yield "told t 100\ntoo large", draw(told(100), xT, cfg)
     yield "told t 200\ntoo small", draw(told(-200), xT, cfg)
     yield "t off by one", draw(told(-1), xT, cfg, S=cfg.T)

@@ -170,7 +170,7 @@ def test_failures_are_each_made_by_one_mistake(tmp_path, monkeypatch):
     monkeypatch.setattr(failures.ddim, "train", train)
     spied(monkeypatch, failures.ddim, "ddim_process", lambda given, _: drawn.append(given))
     parts = failures.main(steps=12, columns=3, file=tmp_path / "broken.png", out=tmp_path, device="cpu")
-    assert len(parts) == 13 and all(x.shape == (3, 1, 28, 28) for x in parts.values())
+    assert len(parts) == 14 and all(x.shape == (3, 1, 28, 28) for x in parts.values())
     good = parts["as it should be"]
     assert all(not torch.equal(good, x) for name, x in parts.items() if x is not good)
     (grey, _, _), (late, _, average), (short, _, _), (few, small, _) = [t for t in trained]
@@ -179,8 +179,8 @@ def test_failures_are_each_made_by_one_mistake(tmp_path, monkeypatch):
     assert [grey.steps, late.steps, short.steps, few.steps] == [12, 12, 2, 24] and len(small.train) == 20
     nearest = parts["the nearest\nof the 20"]
     assert all(any(torch.equal(x, y) for y in small.train) for x in nearest)
-    assert [given["temperature"] for given in drawn][:8] == [0.9, 0.9, 1.0, 0.9, 0.9, 0.9, 0.9, 0.5]
-    assert [given["S"] for given in drawn][:8] == [50, 50, 10, 50, 50, 1000, 50, 50]
+    assert [given["temperature"] for given in drawn][:9] == [0.9, 0.9, 1.0, 0.9, 0.9, 0.9, 0.9, 0.9, 0.5]
+    assert [given["S"] for given in drawn][:9] == [50, 50, 10, 50, 50, 50, 1000, 50, 50]
     open_picture(tmp_path / "broken.png")
 
 
