@@ -1150,8 +1150,8 @@ def main(argv=None):
     figure_denoising(run, states(range(min(10, n))), min(10, n))
     run.evaluate(states, model, steps, data, y[:run.opts.evaluate])
     if run.opts.evaluate:
-        scores = measure_guidance(
-            run, cfg, model, data, schedule, classifier, settings)
+        scores = measure_guidance(run, cfg, model, data, schedule, classifier,
+                                  settings)
         figure_guidance(run.path("guidance.png"), scores)
     run.finish()
 

@@ -1,7 +1,7 @@
 """Denoising Diffusion Implicit Models (Song, Meng, Ermon, arXiv 2010.02502): [DDIM]
 
     python ddim_example.py                            train as DDPM, draw in few steps
-    python ddim_example.py --sample                   no training: the newest such run
+    python ddim_example.py --sample                   the newest run, DDPM's too
     python ddim_example.py --sample --evaluate 500    the paper's Table 1 in small
 
 The paper changes the sampler alone. Implemented here: its steps from DDIM (eta = 0) to

@@ -153,11 +153,11 @@ def beta_tilde(t, schedule):
 
 
 def q_posterior(x0, xt, t, schedule):
-    """q(x_{t-1} | x_t, x_0) of [DDPM] Eq. 6: mean (B, C, H, W), variance. t: 1..T."""
+    """q(x_{t-1} | x_t, x_0), [DDPM] Eq. 6, 7: mean (B, C, H, W), variance. t: 1..T."""
     beta, alpha, alpha_bar = (array[t].view(-1, 1, 1, 1) for array in schedule)
     alpha_bar_prev = schedule.alpha_bars[t - 1].view(-1, 1, 1, 1)
     mu_tilde = (alpha_bar_prev.sqrt() * beta / (1 - alpha_bar) * x0
-                + alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar) * xt)  # Eq. 7
+                + alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar) * xt)
     return mu_tilde, beta_tilde(t, schedule).view(-1, 1, 1, 1)
 
 

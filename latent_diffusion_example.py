@@ -654,15 +654,15 @@ def train_vae(cfg, run, data):
     discriminator = Discriminator(data.shape[0], cfg.vae_channels, cfg.groups)
     discriminator = run.place(discriminator)
     optimizer = torch.optim.Adam(vae.parameters(), cfg.vae_lr)
-    optimizer_d = torch.optim.Adam(
-        discriminator.parameters(), cfg.vae_lr, betas=(0.5, 0.9))
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), cfg.vae_lr,
+                                   betas=(0.5, 0.9))
     z_shape = latent_shape(cfg, data.shape)
     for step in run.training(cfg.vae_steps, vae, optimizer, name="vae",
                              discriminator=discriminator, optimizer_d=optimizer_d):
         x, _ = run.batch(data, cfg.batch_size, cfg.flip)
         x_hat, mean, logvar = vae(x, torch.randn(len(x), *z_shape, device=x.device))
-        loss, error, kl = vae_loss(
-            x, x_hat, mean, logvar, cfg.kl_weight, cfg.reconstruction)
+        loss, error, kl = vae_loss(x, x_hat, mean, logvar, cfg.kl_weight,
+                                   cfg.reconstruction)
         adversarial = cfg.adversarial > 0 and step >= cfg.adversarial_start
         if adversarial:  # [LDM] Eq. 25, the minimum: the autoencoder fools it
             adversary = -discriminator(x_hat).mean()

@@ -916,13 +916,11 @@ def test_the_corrector_brings_completions_to_the_exact_conditional(name):
     assert found.var().item() == pytest.approx(0.09, rel=0.15)
 
 
-@every_sde
-@pytest.mark.parametrize("sampler", ["em", "reverse", "ancestral", "pc"])
+@pytest.mark.parametrize("name, sampler", [(name, sampler) for name, sde in SDES.items() for sampler in sde().samplers
+                                           if not sampler.startswith("rk")])
 def test_independent_dimensions_are_completed_as_they_are_drawn(name, sampler):
     """Then the method is exact; by every stochastic sampler of the SDE."""
     sde = SDES[name]()
-    if sampler not in sde.samplers:
-        pytest.skip("ancestral: VE and VP")
     how = {"em": (sb.em_step, {}), "reverse": (sb.reverse_diffusion_step, {}),
            "ancestral": (sb.ancestral_step, {}),
            "pc": (sb.reverse_diffusion_step, {"corrector_steps": 1, "snr": 0.1})}[sampler]
