@@ -17,7 +17,8 @@ adaptive group normalisation ([ADM] Sec. 3.1), adaLN-Zero blocks ([DiT] Sec. 3.2
 [CFG]: w = 0 is the conditional model, w = -1 the unconditional one; the scale s of
 [ADM]'s unconditional model and of most other code is 1 + w, and --w sets both.
 
-x_t, t and y are [CFG]'s z_lambda, lambda and c.
+x_t and y are [CFG]'s z_lambda and c; its log-SNR lambda, log(alpha_bar_t / (1 -
+alpha_bar_t)), falls as t grows. The label of no class, [CFG]'s empty set, is the last.
 
 Departures from the papers:
   1. discrete t in 1..T as in [DDPM], where [CFG] draws a continuous log-SNR;
@@ -30,13 +31,13 @@ Departures from the papers:
      guidance, but before the push of a classifier, as in [ADM]'s code. That push wants
      a network trained without labels (`--p_uncond 1`): one trained with them sees its
      null class too seldom;
-  6. the networks give v, not eps (`predict`; arXiv 2202.00512): the error of v counts
-     large t for more; training draws more of the middle t (`drawing`);
+  6. the networks give v, not eps (`predict`; arXiv 2202.00512): the error of v weighs
+     large t more; training draws more of the middle t (`drawing`);
   7. a cosine decay of the learning rate, clipped gradients, a shorter average of the
      weights, which follows them faster at first.
 
-It trains for 10 to 17 CPU minutes, all cores added up. What it draws and how good that
-is: results/ and README.md.
+Training takes 10 to 17 CPU minutes, summed over all cores: about six minutes on two.
+What it draws and how good that is: results/ and README.md.
 """
 
 import copy
@@ -56,6 +57,7 @@ import torch.nn.functional as F
 from torch import nn
 
 Guidance = Literal["classifier_free", "classifier", "none"]
+Drawing = Literal["uniform", "logit_normal"]
 
 
 @dataclass(frozen=True)  # (paper: ...) is [CFG] on guidance, else [ADM]; DiT: [DiT]
@@ -65,15 +67,15 @@ class Config:
     # diffusion
     T: int = 1000  # diffusion steps, in [1, 1e6] (paper: 1000)
     schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: both)
-    beta_1: float = 1e-4  # first variance, linear schedule, in (0, 1) (paper: 1e-4)
-    beta_T: float = 0.02  # last variance, linear schedule, in (0, 1) (paper: 0.02)
-    predict: Literal["eps", "v"] = "v"  # what the network gives (paper and DiT: eps)
+    beta_1: float = 1e-4  # first variance, linear, T = 1000, in (0, 1) (paper: 1e-4)
+    beta_T: float = 0.02  # last variance, linear, T = 1000, in (0, 1) (paper: 0.02)
+    predict: Literal["eps", "v"] = "v"  # what the network predicts (paper, DiT: eps)
     p_uncond: float = 0.1  # share of labels dropped, in [0, 1] (paper: 0.1, 0.2, 0.5)
     # sampling
-    guidance: Guidance = "classifier_free"  # of the samples; none: the labels alone
+    guidance: Guidance = "classifier_free"  # of all that is drawn; none: labels alone
     classes: tuple[str, ...] = ()  # what to draw, in order; none: n_samples of all
-    w: tuple[float, ...] = (-1.0, 0.0, 1.0, 2.0, 4.0)  # weights to draw, >= -1
-    w_samples: float = 2.0  # guidance weight of the samples, >= -1 (paper: 0 to 4)
+    w: tuple[float, ...] = (-1.0, 0.0, 1.0, 2.0, 4.0)  # weights w of grid.png, >= -1
+    w_samples: float = 2.0  # weight w of samples.png, >= -1 (paper: 0 to 4)
     classifier_steps: int = 1500  # of the noisy classifier, >= 1 (paper: 300000)
     sampler: Literal["ddim", "ancestral"] = "ddim"  # S steps, or all T (paper: both)
     S: int = 10  # DDIM steps, >= 1 and at most T (paper: 25 DDIM or 250 ancestral)
@@ -91,7 +93,7 @@ class Config:
     backbone: Literal["unet", "dit"] = "unet"  # U-Net or Diffusion Transformer
     channels: int = 32  # base width of the U-Net, >= 4 (paper: 192, 256)
     mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (paper: 1 2 3 4)
-    blocks: int = 1  # residual blocks a level, in [1, 100] (paper: 2 or 3)
+    blocks: int = 1  # residual blocks per level, in [1, 100] (paper: 2 or 3)
     attention: tuple[int, ...] = (7,)  # sides with attention, >= 1 (paper: 32 16 8)
     heads: int = 1  # attention heads, >= 1 (paper: 64 channels each)
     groups: int = 8  # groups of each group norm, >= 1 (code: 32)
@@ -103,17 +105,17 @@ class Config:
     dit_patch: int = 4  # side of the DiT's patches, >= 1 (DiT: 2, 4 or 8)
     dit_kernel: int = 3  # patches that make a token, a side, odd, in [1, 99] (DiT: 1)
     # training
-    drawing: Literal["uniform", "logit_normal"] = "logit_normal"  # t (paper: uniform)
+    drawing: Drawing = "logit_normal"  # how training draws t (paper: uniform)
     steps: int = 5000  # optimiser steps, >= 1 (DiT: 400000 and more)
-    batch_size: int = 32  # pictures a step, over all processes, >= 1 (DiT: 256)
+    batch_size: int = 32  # pictures per step, over all processes, >= 1 (DiT: 256)
     lr: float = 2e-3  # peak learning rate, > 0 (paper and DiT: 1e-4)
     warmup: int = 200  # steps until the peak learning rate, >= 0 (paper: 0)
-    decay: Literal["cosine", "constant"] = "cosine"  # of the rate (paper: constant)
+    decay: Literal["cosine", "constant"] = "cosine"  # how lr falls (paper: constant)
     weight_decay: float = 0.0  # of AdamW, >= 0; 0 makes it Adam (paper: 0)
     grad_clip: float = 1.0  # largest norm of the gradient, > 0 (paper: none)
     ema: float = 0.999  # decay of the weights' average, in [0, 1) (paper: 0.9999)
     preview_every: int = 2500  # steps between previews and checkpoints, >= 1
-    compare: float = 0.0  # seconds of training for U-Net and DiT each, in [0, 1e6]
+    compare: float = 0.0  # seconds for U-Net and DiT each, classifier-free, in [0, 1e6]
 
 
 DIT = Config(  # [DiT] Table 1 with patches of 2, trained as there, on CIFAR-10's pixels
@@ -141,7 +143,7 @@ PRESETS = {
 }
 
 
-# %% 1. Forward process
+# %% 1. Forward process ([DDPM] Sec. 2)
 
 
 class Schedule(NamedTuple):
@@ -195,7 +197,7 @@ def beta_tilde(t, schedule):
     return (1 - alpha_bars[t - 1]) / (1 - alpha_bars[t]) * beta  # [DDPM] Eq. 7
 
 
-# %% 2. Training objective
+# %% 2. Training objective ([CFG] Alg. 1)
 
 
 def drop_labels(y, p_uncond, null):
@@ -209,8 +211,9 @@ def draw_t(n, T, drawing="uniform"):
 
     "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle t, which decide
     what a picture shows: the logit of t / T is N(-0.2, 1), after arXiv 2403.03206, Sec.
-    3.1; one draw from each of its n quantiles, so that batches differ less. One t in
-    sixteen is uniform all the same: small t, rare here, weigh most in the bound.
+    3.1; stratified, one draw from each of n equal shares, so that batches differ less.
+    One t in sixteen is uniform all the same: small t, rare here, weigh most in the
+    bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
@@ -223,9 +226,10 @@ def draw_t(n, T, drawing="uniform"):
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
     """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
-    The bound of [DDPM] Eq. 3 in the form of Eq. 12, without its weight
+    The terms of the bound in the form of [DDPM] Eq. 12, without their weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
-    the bound. t: (B,) int64 in 1..T and eps, like x0, are drawn unless they are given.
+    the bound. The mean over pixels, in the paper their sum. t: (B,) int64 in 1..T and
+    eps, like x0, are drawn unless they are given.
     """
     if t is None:
         t = draw_t(len(x0), schedule.T).to(x0.device)  # [DDPM] Alg. 1, line 3
@@ -257,11 +261,11 @@ def objective(cfg):
     return v_loss if cfg.predict == "v" else ddpm_loss
 
 
-# %% 3. Sampling: guidance
+# %% 3. Sampling: guidance ([CFG] Alg. 2, [ADM] Alg. 1, 2)
 
 
 def per_image(value, x):
-    """A number, or (B,), one an image, shaped to broadcast over x: (B, C, H, W)."""
+    """A number, or (B,), one per image, shaped to broadcast over x: (B, C, H, W)."""
     return torch.as_tensor(value, dtype=x.dtype).to(x.device).view(-1, 1, 1, 1)
 
 
@@ -440,11 +444,11 @@ def ddim_timesteps(T, S, spacing="linear"):
 def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None):
     """One step x_t -> x_{t_prev}. xt, eps_hat, z: (B, C, H, W), t, t_prev: int in 0..T.
 
-    z ~ N(0, I) is needed where eta > 0. With eta = 0, t_prev > t turns x_0 into noise.
+    z ~ N(0, I) is needed where eta > 0. With eta = 0 t_prev may be above t: encoding.
     """
     alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[t_prev]
     sigma = torch.zeros_like(alpha_bar)
-    if eta > 0:  # else 0, also where t_prev > t has no second root
+    if eta > 0:  # never with t_prev > t, where the second root has no value
         sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())  # [DDIM] Eq. 16
     x0_hat = predict_x0(xt, eps_hat, t, alpha_bars)  # "predicted x_0", [DDIM] Eq. 9
@@ -475,7 +479,10 @@ def ddim_process(model, xT, schedule, S=50, eta=0.0, spacing="linear", clip_x0=T
 
 
 def timestep_embedding(t, dim):
-    """Sines and cosines of t: (B,) -> (B, dim). arXiv 1706.03762, Sec. 3.5."""
+    """Sines, then cosines of t, as in [DDPM]'s code: (B,) -> (B, dim).
+
+    After arXiv 1706.03762, Sec. 3.5, which takes them in turn.
+    """
     k, last = torch.arange(dim // 2, device=t.device), dim // 2 - 1
     frequencies = torch.exp(-math.log(10000) * k / last)
     angles = t.float()[:, None] * frequencies
@@ -838,7 +845,7 @@ class EMA:
 
 
 def train(cfg, run, data):
-    """Train on data.train; the averaged network in eval mode. [CFG] Alg. 1."""
+    """Train on data.train; returns the averaged network in eval mode. [CFG] Alg. 1."""
     classes = len(data.classes)
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     model = run.place(make_model(cfg, data.shape, classes))
@@ -898,31 +905,31 @@ def train_classifier(cfg, run, data, schedule):
 
 @plotting.figure
 def figure_grid(run, cfg, model, data, schedule, classes, settings):
-    """grid.png: one noise and class a column, one guidance weight a row."""
+    """grid.png: each column a noise and a class, each row a guidance weight."""
     weights = cfg.w if cfg.guidance != "none" else (0.0,)
     xT = torch.randn(len(classes), *data.shape, device=run.device)
     y = torch.tensor(classes, device=run.device)
     rows = [sample(model, xT.shape, schedule, y, w, xT=xT, **settings) for w in weights]
-    plotting.table(run.path("grid.png"), rows, "One noise and one class a column",
+    plotting.table(run.path("grid.png"), rows, "Each column one noise and class",
                    [spell(cfg, w) for w in weights], [data.classes[c] for c in classes])
 
 
 @plotting.figure
 def figure_same_noise(run, cfg, model, data, schedule, settings):
-    """same_noise.png: one noise a row, one class a column."""
+    """same_noise.png: each row one noise, each column one class."""
     y = torch.arange(min(10, len(data.classes)), device=run.device)
     w, rows = min(1.0, cfg.w_samples), []
     for _ in range(5):
         xT = torch.randn(1, *data.shape, device=run.device).expand(len(y), *data.shape)
         rows.append(sample(model, xT.shape, schedule, y, w, xT=xT, **settings))
     plotting.table(run.path("same_noise.png"), rows,
-                   f"One noise a row, one class a column ({spell(cfg, w)})",
+                   f"Each row one noise, each column one class ({spell(cfg, w)})",
                    [f"noise {i + 1}" for i in range(5)], [data.classes[c] for c in y])
 
 
 @plotting.figure
 def figure_samples(run, cfg, samples, y, data):
-    """samples.png: samples, one class a row, beside real pictures of the class.
+    """samples.png: samples, each row one class, beside real pictures of it.
 
     Classes that were asked for stand in one row, in their order, over real ones.
     """
@@ -942,7 +949,7 @@ def figure_samples(run, cfg, samples, y, data):
          torch.cat([samples[y == c][:n] for c in kinds])),
         ("real, held out",
          torch.cat([data.test[data.test_labels == c][:n] for c in kinds]))],
-        "One class a row", n)
+        "Each row one class", n)
 
 
 @plotting.figure
@@ -996,7 +1003,7 @@ def measure_guidance(run, cfg, model, data, schedule, classifier, settings):
 
 @plotting.figure
 def figure_guidance(path, scores):
-    """guidance.png: accuracy, recall, Fréchet distance against w, each guidance a line.
+    """guidance.png: accuracy, recall, Fréchet distance against w, a line per guidance.
 
     scores: as measure_guidance returns them.
     """
@@ -1013,7 +1020,7 @@ def figure_guidance(path, scores):
         levels = {f"{quiet}held out": reached} if reached else {}
         parts.append({"lines": lines, "levels": levels, "title": title,
                       "xlabel": "guidance w = s - 1"})
-    plotting.curves(path, parts, f"{row['n']} samples a point")
+    plotting.curves(path, parts, f"{row['n']} samples per point")
 
 
 def classifier_accuracy(classifier, data, schedule):
@@ -1087,7 +1094,8 @@ def asked_classes(cfg, data, evaluates):
     known = [*data.classes, *map(str, range(len(data.classes)))]  # names, or numbers
     for c in cfg.classes:
         if c not in known:
-            raise ValueError(f"classes {c}: must be of {', '.join(data.classes[:20])}")
+            raise ValueError(f"classes {c}: must be one of "
+                             f"{', '.join(data.classes[:20])}")
     if not cfg.w:
         raise ValueError("w: needs at least one number")
     if cfg.p_uncond == 0 and (cfg.guidance != "none" or evaluates):

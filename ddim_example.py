@@ -4,11 +4,12 @@
     python ddim_example.py --sample                   the newest run, DDPM's too
     python ddim_example.py --sample --evaluate 500    the paper's Table 1 in small
 
-The paper changes the sampler alone. Implemented here: its steps from DDIM (eta = 0) to
-DDPM (eta = 1) (Eq. 12, 16), with the larger noise of Sec. 5, too; sub-sequences tau
-(Sec. 4.2, App. D.2); encoding, the ODE of Eq. 14 reversed (Sec. 5.4); interpolation
-(App. D.5). The paper's alpha_t is alpha_bars[t] here. Schedule, objective, network and
-training, with the paper values beside them, are those of [DDPM], arXiv 2006.11239.
+DDPM's objective asks only for the marginals q(x_t | x_0). Other processes, no longer
+Markovian, have the same (q_sigma, Eq. 6, 7), and one network serves them all (Thm. 1):
+only the sampler changes. Implemented here: steps from DDIM (eta = 0) to DDPM (eta = 1)
+(Eq. 12, 16), with the larger noise of Sec. 5, too; sub-sequences tau (Sec. 4.2, App.
+D.2); encoding, the ODE of Eq. 14 reversed (Sec. 5.4); interpolation (App. D.5). The
+paper's alpha_t is alpha_bars[t] here; the rest is [DDPM], arXiv 2006.11239.
 
 Departures from the paper (`--preset paper` undoes all but 4 and 8):
   1. a small U-Net on 2x2 blocks of pixels (`patch`), so that it trains on a CPU;
@@ -21,8 +22,8 @@ Departures from the paper (`--preset paper` undoes all but 4 and 8):
      (`temperature`): what a small network gets wrong does less harm;
   8. tau always ends in T, in the authors' code a little below it.
 
-It trains for 7 to 14 CPU minutes, all cores added up. What it draws and how good that
-is: results/ and README.md.
+Training takes 7 to 14 CPU minutes, summed over all cores: about five minutes on two.
+What it draws and how good that is: results/ and README.md.
 """
 
 import copy
@@ -40,6 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+Drawing = Literal["uniform", "logit_normal"]
+
 
 @dataclass(frozen=True)
 class Config:
@@ -48,12 +51,12 @@ class Config:
     # diffusion
     T: int = 1000  # diffusion steps, in [1, 1e6] (paper: 1000)
     schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: linear)
-    beta_1: float = 1e-4  # first variance, linear schedule, in (0, 1) (paper: 1e-4)
-    beta_T: float = 0.02  # last variance, linear schedule, in (0, 1) (paper: 0.02)
+    beta_1: float = 1e-4  # first variance, linear, T = 1000, in (0, 1) (paper: 1e-4)
+    beta_T: float = 0.02  # last variance, linear, T = 1000, in (0, 1) (paper: 0.02)
     # sampling
     S: int = 50  # sampling steps, >= 1 and at most T (paper: 10 to 1000)
     eta: float = 0.0  # 0: deterministic, 1: as noisy as DDPM, in [0, 1] (paper: 0 to 1)
-    spacing: Literal["linear", "quadratic"] = "linear"  # of the steps (paper: both)
+    spacing: Literal["linear", "quadratic"] = "linear"  # of the steps tau (paper: both)
     sigma_hat: bool = False  # with eta 1: the larger noise, Sec. 5 (paper: Table 1)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: no)
     eps_scale: float = 1.1  # factor of eps_hat in sampling, in [0.5, 2] (paper: 1)
@@ -66,19 +69,19 @@ class Config:
     # network
     channels: int = 32  # base width of the U-Net, >= 4 (code: 128)
     mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (code: 1 2 2 2)
-    blocks: int = 1  # residual blocks a level, in [1, 100] (paper: 2)
+    blocks: int = 1  # residual blocks per level, in [1, 100] (paper: 2)
     attention: tuple[int, ...] = (7,)  # sides with self-attention, >= 1 (paper: 16)
     heads: int = 1  # attention heads, >= 1 (code: 1)
     groups: int = 8  # groups of each group norm, >= 1 (code: 32)
     dropout: float = 0.0  # in the residual blocks, in [0, 1) (paper: 0.1)
     patch: int = 2  # side of the pixel blocks made channels, >= 1 (paper: none, 1)
     # training
-    drawing: Literal["uniform", "logit_normal"] = "logit_normal"  # t (paper: uniform)
+    drawing: Drawing = "logit_normal"  # how training draws t (paper: uniform)
     steps: int = 4000  # optimiser steps, >= 1 (paper: 800000)
-    batch_size: int = 32  # pictures a step, over all processes, >= 1 (paper: 128)
+    batch_size: int = 32  # pictures per step, over all processes, >= 1 (paper: 128)
     lr: float = 2e-3  # peak learning rate, > 0 (paper: 2e-4)
     warmup: int = 200  # steps until the peak learning rate, >= 0 (code: 5000)
-    decay: Literal["cosine", "constant"] = "cosine"  # of the rate (paper: constant)
+    decay: Literal["cosine", "constant"] = "cosine"  # how lr falls (paper: constant)
     weight_decay: float = 0.0  # of AdamW, >= 0; 0 makes it Adam (paper: 0)
     grad_clip: float = 1.0  # largest norm of the gradient, > 0 (code: 1)
     ema: float = 0.999  # decay of the weights' average, in [0, 1) (paper: 0.9999)
@@ -155,8 +158,9 @@ def draw_t(n, T, drawing="uniform"):
 
     "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle t, which decide
     what a picture shows: the logit of t / T is N(-0.2, 1), after arXiv 2403.03206, Sec.
-    3.1; one draw from each of its n quantiles, so that batches differ less. One t in
-    sixteen is uniform all the same: small t, rare here, weigh most in the bound.
+    3.1; stratified, one draw from each of n equal shares, so that batches differ less.
+    One t in sixteen is uniform all the same: small t, rare here, weigh most in the
+    bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
@@ -169,9 +173,10 @@ def draw_t(n, T, drawing="uniform"):
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
     """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
-    The bound of [DDPM] Eq. 3 in the form of Eq. 12, without its weight
+    The terms of the bound in the form of [DDPM] Eq. 12, without their weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
-    the bound. t: (B,) int64 in 1..T and eps, like x0, are drawn unless they are given.
+    the bound. The mean over pixels, in the paper their sum. t: (B,) int64 in 1..T and
+    eps, like x0, are drawn unless they are given.
     """
     if t is None:
         t = draw_t(len(x0), schedule.T).to(x0.device)  # [DDPM] Alg. 1, line 3
@@ -225,11 +230,11 @@ def ddim_timesteps(T, S, spacing="linear"):
 def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None):
     """One step x_t -> x_{t_prev}. xt, eps_hat, z: (B, C, H, W), t, t_prev: int in 0..T.
 
-    z ~ N(0, I) is needed where eta > 0. With eta = 0, t_prev > t turns x_0 into noise.
+    z ~ N(0, I) is needed where eta > 0. With eta = 0 t_prev may be above t: encoding.
     """
     alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[t_prev]
     sigma = torch.zeros_like(alpha_bar)
-    if eta > 0:  # else 0, also where t_prev > t has no second root
+    if eta > 0:  # never with t_prev > t, where the second root has no value
         sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())  # [DDIM] Eq. 16
     x0_hat = predict_x0(xt, eps_hat, t, alpha_bars)  # "predicted x_0", [DDIM] Eq. 9
@@ -240,7 +245,7 @@ def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None):
 
 
 def sigma_hat_step(xt, eps_hat, t, t_prev, alpha_bars, eta, z):
-    """ddim_step at eta = 1 with the larger noise sigma_hat. [DDIM] Sec. 5, App. D.3."""
+    """ddim_step at eta = 1, whatever eta, its noise the larger sigma_hat. App. D.3."""
     mean = ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=1.0, z=0.0)
     sigma_hat = (1 - alpha_bars[t] / alpha_bars[t_prev]).sqrt()
     return mean + sigma_hat * z if t_prev > 0 else mean  # a clean end: [DDPM] Alg. 2
@@ -297,7 +302,10 @@ def slerp(a, b, share):
 
 
 def timestep_embedding(t, dim):
-    """Sines and cosines of t: (B,) -> (B, dim). arXiv 1706.03762, Sec. 3.5."""
+    """Sines, then cosines of t, as in [DDPM]'s code: (B,) -> (B, dim).
+
+    After arXiv 1706.03762, Sec. 3.5, which takes them in turn.
+    """
     k, last = torch.arange(dim // 2, device=t.device), dim // 2 - 1
     frequencies = torch.exp(-math.log(10000) * k / last)
     angles = t.float()[:, None] * frequencies
@@ -555,7 +563,7 @@ def figure_denoising(run, model, states, alpha_bars):
 
 @plotting.figure
 def figure_steps(run, cfg, model, schedule, shape):
-    """steps.png: one noise a column, in more and more steps; eta.png: each noise twice.
+    """steps.png: each column one noise, in more and more steps; eta.png: each twice.
 
     With eta = 0 the noise x_T is a code: it alone says which picture.
     """
@@ -563,7 +571,7 @@ def figure_steps(run, cfg, model, schedule, shape):
     counts = [S for S in (5, 10, 20, 50, 100) if S < cfg.T] + [cfg.T]
     how = cfg.spacing, cfg.clip_x0, xT, cfg.temperature
     rows = [ddim_sample(model, xT.shape, schedule, S, 0.0, *how) for S in counts]
-    plotting.table(run.path("steps.png"), rows, "One noise a column, S steps, eta = 0",
+    plotting.table(run.path("steps.png"), rows, "Each column: one noise, S steps",
                    [f"S = {S}" for S in counts])
 
     etas, xT = (0.0, 0.2, 0.5, 1.0), xT[:5].repeat_interleave(2, 0)
@@ -638,7 +646,7 @@ def figure_quality(run, cfg, model, states, data):
     plotting.curves(run.path("quality.png"), [{
         "lines": lines, "levels": {"held out": held_out}, "ylim": (0, None),
         "xlabel": "steps S", "xscale": "log", "ylabel": "Fréchet distance in features",
-        "title": f"{run.opts.evaluate} samples a point"}])
+        "title": f"{run.opts.evaluate} samples per point"}])
 
 
 @command_line

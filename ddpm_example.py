@@ -18,8 +18,8 @@ Departures from the paper (`--preset paper` undoes all but 4 and 5):
   7. in sampling alone eps_hat is a little larger (`eps_scale`), x_T and z are smaller
      (`temperature`): what a small network gets wrong does less harm.
 
-It trains for 7 to 14 CPU minutes, all cores added up. What it draws and how good that
-is: results/ and README.md.
+Training takes 7 to 14 CPU minutes, summed over all cores: about five minutes on two.
+What it draws and how good that is: results/ and README.md.
 """
 
 import copy
@@ -37,6 +37,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+Drawing = Literal["uniform", "logit_normal"]
+
 
 @dataclass(frozen=True)
 class Config:
@@ -45,8 +47,8 @@ class Config:
     # diffusion
     T: int = 1000  # diffusion steps, in [1, 1e6] (paper: 1000)
     schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: linear)
-    beta_1: float = 1e-4  # first variance, linear schedule, in (0, 1) (paper: 1e-4)
-    beta_T: float = 0.02  # last variance, linear schedule, in (0, 1) (paper: 0.02)
+    beta_1: float = 1e-4  # first variance, linear, T = 1000, in (0, 1) (paper: 1e-4)
+    beta_T: float = 0.02  # last variance, linear, T = 1000, in (0, 1) (paper: 0.02)
     # sampling
     variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # sigma_t^2 (paper: either)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: yes)
@@ -60,19 +62,19 @@ class Config:
     # network
     channels: int = 32  # base width of the U-Net, >= 4 (code: 128)
     mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (code: 1 2 2 2)
-    blocks: int = 1  # residual blocks a level, in [1, 100] (paper: 2)
+    blocks: int = 1  # residual blocks per level, in [1, 100] (paper: 2)
     attention: tuple[int, ...] = (7,)  # sides with self-attention, >= 1 (paper: 16)
     heads: int = 1  # attention heads, >= 1 (code: 1)
     groups: int = 8  # groups of each group norm, >= 1 (code: 32)
     dropout: float = 0.0  # in the residual blocks, in [0, 1) (paper: 0.1)
     patch: int = 2  # side of the pixel blocks made channels, >= 1 (paper: none, 1)
     # training
-    drawing: Literal["uniform", "logit_normal"] = "logit_normal"  # t (paper: uniform)
+    drawing: Drawing = "logit_normal"  # how training draws t (paper: uniform)
     steps: int = 4000  # optimiser steps, >= 1 (paper: 800000)
-    batch_size: int = 32  # pictures a step, over all processes, >= 1 (paper: 128)
+    batch_size: int = 32  # pictures per step, over all processes, >= 1 (paper: 128)
     lr: float = 2e-3  # peak learning rate, > 0 (paper: 2e-4)
     warmup: int = 200  # steps until the peak learning rate, >= 0 (code: 5000)
-    decay: Literal["cosine", "constant"] = "cosine"  # of the rate (paper: constant)
+    decay: Literal["cosine", "constant"] = "cosine"  # how lr falls (paper: constant)
     weight_decay: float = 0.0  # of AdamW, >= 0; 0 makes it Adam (paper: 0)
     grad_clip: float = 1.0  # largest norm of the gradient, > 0 (code: 1)
     ema: float = 0.999  # decay of the weights' average, in [0, 1) (paper: 0.9999)
@@ -169,8 +171,9 @@ def draw_t(n, T, drawing="uniform"):
 
     "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle t, which decide
     what a picture shows: the logit of t / T is N(-0.2, 1), after arXiv 2403.03206, Sec.
-    3.1; one draw from each of its n quantiles, so that batches differ less. One t in
-    sixteen is uniform all the same: small t, rare here, weigh most in the bound.
+    3.1; stratified, one draw from each of n equal shares, so that batches differ less.
+    One t in sixteen is uniform all the same: small t, rare here, weigh most in the
+    bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
@@ -183,9 +186,10 @@ def draw_t(n, T, drawing="uniform"):
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
     """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
-    The bound of [DDPM] Eq. 3 in the form of Eq. 12, without its weight
+    The terms of the bound in the form of [DDPM] Eq. 12, without their weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
-    the bound. t: (B,) int64 in 1..T and eps, like x0, are drawn unless they are given.
+    the bound. The mean over pixels, in the paper their sum. t: (B,) int64 in 1..T and
+    eps, like x0, are drawn unless they are given.
     """
     if t is None:
         t = draw_t(len(x0), schedule.T).to(x0.device)  # [DDPM] Alg. 1, line 3
@@ -281,7 +285,10 @@ def sample(model, shape, schedule, variance="beta_tilde", clip_x0=True, xT=None,
 
 
 def timestep_embedding(t, dim):
-    """Sines and cosines of t: (B,) -> (B, dim). arXiv 1706.03762, Sec. 3.5."""
+    """Sines, then cosines of t, as in [DDPM]'s code: (B,) -> (B, dim).
+
+    After arXiv 1706.03762, Sec. 3.5, which takes them in turn.
+    """
     k, last = torch.arange(dim // 2, device=t.device), dim // 2 - 1
     frequencies = torch.exp(-math.log(10000) * k / last)
     angles = t.float()[:, None] * frequencies
@@ -488,9 +495,9 @@ def train(cfg, run, data):
 
 
 def bound_weight(t, schedule, variance="beta"):
-    """The factor of |eps - eps_theta|^2 in L_{t-1} - C; Eq. 14 sets it to 1. t: 2..T.
+    """The factor of |eps - eps_theta|^2 in L_{t-1} - C; Eq. 14 sets it to 1.
 
-    t: int or (B,). At t = 1 "beta_tilde" is 0, and the factor infinite.
+    t: int or (B,) in 2..T; with "beta" 1, too, where beta_tilde = 0 has no factor.
     """
     beta, alpha, alpha_bar = (array[t] for array in schedule)
     sigma2 = beta if variance == "beta" else beta_tilde(t, schedule)
@@ -531,9 +538,9 @@ def bound_term(model, x0, t, schedule, variance="beta_tilde", clip_x0=True):
 
 
 def variational_bound(model, x0, schedule, variance="beta_tilde", clip_x0=True):
-    """The bound on -log2 p(x0) per dimension. x0: (B, C, H, W), 8-bit in [-1, 1].
+    """[L_0, ..., L_T], whose sum is the bound on -log2 p(x0), bits per dimension.
 
-    Returns its terms [L_0, ..., L_T], averaged over the images. Source: [DDPM] Eq. 5.
+    x0: (B, C, H, W), 8-bit in [-1, 1]; the mean over them. Source: [DDPM] Eq. 5.
     """
     terms = [bound_term(model, x0, t, schedule, variance, clip_x0)
              for t in tqdm(range(1, schedule.T + 1), "bound", leave=False)]
@@ -637,7 +644,7 @@ def figure_forward(run, cfg, data, schedule):
 def figure_bound(run, cfg, model, data, schedule):
     """bound.png: the bound term by term; rate_distortion.png: [DDPM] Fig. 5.
 
-    L_t + ... + L_T are the bits that tell x_t; x0_hat is made of it.
+    To send x_t costs L_t + ... + L_T bits; x0_hat is computed from x_t.
     """
     x0 = data.test[:100 if run.opts.evaluate else 32]
     L = variational_bound(model, x0, schedule, cfg.variance, cfg.clip_x0)

@@ -10,7 +10,7 @@ option, a patch discriminator (App. G, Eq. 25); the scale of the latents (App. G
 diffusion (Sec. 3.2, Eq. 2), with the objective of [DDPM] (arXiv 2006.11239) and the
 sampler of [DDIM] (arXiv 2010.02502), whose x_0 and x_t are scaled latents here.
 
-Departures from the paper; `--preset paper` keeps 1, 4 and 5:
+Departures from the paper (`--preset paper` undoes all but 4, 5 and the loss in 1):
   1. no perceptual loss, which needs a network trained on ImageNet; the discriminator,
      with a hinge loss as in the code, is off unless `adversarial` is set;
   2. small networks, the autoencoder's on 2x2 blocks of pixels (`vae_patch`), squared
@@ -22,11 +22,11 @@ Departures from the paper; `--preset paper` keeps 1, 4 and 5:
   5. the scale is that of all training pictures, the paper's is of one batch;
   6. linear betas, as in [DDPM]: the linear square roots of the code, which keep more of
      the signal half way, are `sqrt_linear`, and the preset's. A schedule that ends near
-     0, such as the cosine, is refused: the first step of DDIM would magnify the
-     network's error a thousandfold, and latents have no range to clamp to.
+     0, as the cosine with T above 20, is refused: the first step of DDIM would
+     magnify the network's error a thousandfold, and latents have no range to clamp to.
 
-It trains for 10 to 17 CPU minutes, all cores added up. What it draws and how good that
-is: results/ and README.md.
+Training takes 10 to 17 CPU minutes, summed over all cores: about six minutes on two.
+What it draws and how good that is: results/ and README.md.
 """
 
 import copy
@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from torch import nn
 
 Kind = Literal["linear", "sqrt_linear", "cosine"]
+Drawing = Literal["uniform", "logit_normal"]
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,19 @@ class Config:
     factor: Literal[2, 4, 8] = 4  # f, by which sides shrink (paper: 1 to 32)
     z_channels: int = 4  # channels of the latents, in [1, 256] (paper: 3 or 4)
     vae_channels: int = 32  # base width of the autoencoder, in [4, 2048] (code: 128)
-    vae_blocks: int = 1  # residual blocks a level, in [1, 100] (code: 2)
+    vae_blocks: int = 1  # residual blocks per level, in [1, 100] (code: 2)
     vae_patch: Literal[1, 2, 4, 8] = 2  # side of pixel blocks made channels (paper: 1)
     kl_weight: float = 1e-2  # of the summed KL, in [0, 100] (paper: 1e-6)
     reconstruction: Literal["l1", "l2"] = "l2"  # error (code: l1 and perceptual)
     adversarial: float = 0.0  # weight of the discriminator, in [0, 100] (code: 0.5)
     adversarial_start: int = 500  # stage-1 steps before it joins, >= 0 (code: 50001)
     vae_steps: int = 1000  # optimiser steps of stage 1, >= 1
-    vae_lr: float = 2e-3  # peak learning rate of stage 1, > 0 (code: 4.5e-6 a picture)
+    vae_lr: float = 2e-3  # peak rate of stage 1, > 0 (code: 4.5e-6 per picture)
     # diffusion
     T: int = 1000  # diffusion steps, in [1, 1e6] (paper: 1000)
     schedule: Kind = "linear"  # how beta_t grows (code: sqrt_linear)
-    beta_1: float = 1e-4  # first variance, linear schedule, in (0, 1) (code: 1.5e-3)
-    beta_T: float = 0.02  # last variance, linear schedule, in (0, 1) (code: 0.0195)
+    beta_1: float = 1e-4  # first variance, at T = 1000, in (0, 1) (code: 1.5e-3)
+    beta_T: float = 0.02  # last variance, at T = 1000, in (0, 1) (code: 0.0195)
     # sampling
     S: int = 250  # sampling steps, >= 1 and at most T (paper: 500 for CelebA-HQ)
     eta: float = 1.0  # 0: deterministic, 1: as noisy as DDPM, in [0, 1] (paper: 0 to 1)
@@ -83,16 +84,16 @@ class Config:
     # network
     channels: int = 48  # base width of the U-Net, >= 4 (paper: 224)
     mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (paper: 1 2 3 4)
-    blocks: int = 1  # residual blocks a level, in [1, 100] (paper: 2)
+    blocks: int = 1  # residual blocks per level, in [1, 100] (paper: 2)
     attention: tuple[int, ...] = (4,)  # latent sides with it, >= 1 (paper: 32 16 8)
     heads: int = 1  # attention heads, >= 1 (paper: one for 32 channels)
     groups: int = 8  # groups of each group norm, >= 1 (code: 32)
     dropout: float = 0.0  # in the residual blocks, in [0, 1) (paper: none)
     patch: int = 1  # side of the latent blocks made channels, >= 1 (paper: none, 1)
     # training
-    drawing: Literal["uniform", "logit_normal"] = "logit_normal"  # t (paper: uniform)
+    drawing: Drawing = "logit_normal"  # how training draws t (paper: uniform)
     steps: int = 5000  # optimiser steps of stage 2, >= 1 (paper: 410000)
-    batch_size: int = 32  # pictures a step, over all processes, >= 1 (paper: 48)
+    batch_size: int = 32  # pictures per step, over all processes, >= 1 (paper: 48)
     lr: float = 1e-3  # peak learning rate of stage 2, > 0 (paper: 9.6e-5)
     warmup: int = 200  # steps until the peak learning rate, >= 0 (code: 10000)
     decay: Literal["cosine", "constant"] = "cosine"  # of the rates (paper: constant)
@@ -118,7 +119,7 @@ PRESETS = {
 }
 
 
-# %% 1. Latents and the forward process
+# %% 1. Latents and the forward process ([LDM] App. G, [DDPM] Sec. 2)
 
 
 def reparameterise(mean, logvar, eps):
@@ -184,7 +185,7 @@ def q_sample(x0, t, eps, alpha_bars):
     return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps  # [DDPM] Eq. 4
 
 
-# %% 2. Training objectives
+# %% 2. Training objectives ([LDM] Eq. 25, Eq. 2)
 
 
 def gaussian_kl(mean, logvar):
@@ -225,8 +226,9 @@ def draw_t(n, T, drawing="uniform"):
 
     "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle t, which decide
     what a picture shows: the logit of t / T is N(-0.2, 1), after arXiv 2403.03206, Sec.
-    3.1; one draw from each of its n quantiles, so that batches differ less. One t in
-    sixteen is uniform all the same: small t, rare here, weigh most in the bound.
+    3.1; stratified, one draw from each of n equal shares, so that batches differ less.
+    One t in sixteen is uniform all the same: small t, rare here, weigh most in the
+    bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
@@ -239,9 +241,10 @@ def draw_t(n, T, drawing="uniform"):
 def ddpm_loss(model, x0, schedule, t=None, eps=None):
     """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
-    The bound of [DDPM] Eq. 3 in the form of Eq. 12, without its weight
+    The terms of the bound in the form of [DDPM] Eq. 12, without their weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
-    the bound. t: (B,) int64 in 1..T and eps, like x0, are drawn unless they are given.
+    the bound. The mean over pixels, in the paper their sum. t: (B,) int64 in 1..T and
+    eps, like x0, are drawn unless they are given.
     """
     if t is None:
         t = draw_t(len(x0), schedule.T).to(x0.device)  # [DDPM] Alg. 1, line 3
@@ -285,11 +288,11 @@ def ddim_timesteps(T, S, spacing="linear"):
 def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=None):
     """One step x_t -> x_{t_prev}. xt, eps_hat, z: (B, C, H, W), t, t_prev: int in 0..T.
 
-    z ~ N(0, I) is needed where eta > 0. With eta = 0, t_prev > t turns x_0 into noise.
+    z ~ N(0, I) is needed where eta > 0. With eta = 0 t_prev may be above t: encoding.
     """
     alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[t_prev]
     sigma = torch.zeros_like(alpha_bar)
-    if eta > 0:  # else 0, also where t_prev > t has no second root
+    if eta > 0:  # never with t_prev > t, where the second root has no value
         sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())  # [DDIM] Eq. 16
     x0_hat = predict_x0(xt, eps_hat, t, alpha_bars)  # "predicted x_0", [DDIM] Eq. 9
@@ -344,7 +347,10 @@ def decode_all(vae, z, batch_size=100):
 
 
 def timestep_embedding(t, dim):
-    """Sines and cosines of t: (B,) -> (B, dim). arXiv 1706.03762, Sec. 3.5."""
+    """Sines, then cosines of t, as in [DDPM]'s code: (B,) -> (B, dim).
+
+    After arXiv 1706.03762, Sec. 3.5, which takes them in turn.
+    """
     k, last = torch.arange(dim // 2, device=t.device), dim // 2 - 1
     frequencies = torch.exp(-math.log(10000) * k / last)
     angles = t.float()[:, None] * frequencies
@@ -711,11 +717,11 @@ def train(cfg, run, data):
     # run.training sets the learning rate, logs, saves, resumes: common/runs.py
     for step in run.training(cfg.steps, model, optimizer, preview, ema=ema.model,
                              vae=vae):
-        moments, _ = run.batch(latents, cfg.batch_size)
+        moments, _ = run.batch(latents, cfg.batch_size)  # [DDPM] Alg. 1, line 2
         mean, logvar = moments.chunk(2, dim=1)
         z0 = vae.scale * reparameterise(mean, logvar, torch.randn_like(mean))
-        t = draw_t(len(z0), cfg.T, cfg.drawing).to(run.device)
-        loss = ddpm_loss(model, z0, schedule, t)  # [LDM] Eq. 2
+        t = draw_t(len(z0), cfg.T, cfg.drawing).to(run.device)  # line 3
+        loss = ddpm_loss(model, z0, schedule, t)  # lines 4 and 5: [LDM] Eq. 2
         optimizer.zero_grad()
         run.backward(loss, optimizer, cfg.grad_clip)
         optimizer.step()
@@ -841,7 +847,7 @@ def figure_denoising(run, model, vae, states, alpha_bars):
 def figure_loss(run):
     """loss.png: the losses of the stages that this run trained."""
     plotting.curves(run.path("loss.png"), [
-        plotting.loss_curve(run.read_log("vae_log.csv"), "stage 1: error an image",
+        plotting.loss_curve(run.read_log("vae_log.csv"), "stage 1: error per image",
                             "reconstruction"),
         plotting.loss_curve(run.read_log(), "stage 2: noise prediction ([LDM] Eq. 2)")])
 
@@ -900,8 +906,8 @@ def main(argv=None):
 
     def states(batch):
         zT = torch.randn(len(batch), *z_shape, device=run.device)
-        how = schedule, cfg.S, cfg.eta, cfg.spacing, False, cfg.temperature
-        for t, zt in ddim_process(model, zT, *how):
+        for t, zt in ddim_process(model, zT, schedule, cfg.S, cfg.eta, cfg.spacing,
+                                  clip_x0=False, temperature=cfg.temperature):
             yield t, zt
         yield 0, decode_all(vae, zt)
 

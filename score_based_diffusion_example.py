@@ -24,7 +24,7 @@ Departures from the paper:
      there is a corrector for sub-VP too, which has no alpha in the authors' code;
   2. the corrector comes before the predictor, as in the code (Alg. 1 prints it after).
      r = 0.16 is Tab. 5's for VE; for VP it has 0.01, or 0.04 behind the flow predictor.
-     Where part is known there are five a step, and r = 0.4 (`inpaint_corrector`);
+     Where part is known there are five per step, and r = 0.4 (`inpaint_corrector`);
   3. x0_hat is clamped while sampling images (`clip_x0`), not in likelihoods;
   4. the small U-Net of ddpm_example.py, on 2x2 blocks of pixels, an MLP for points,
      dilated convolutions for series, a cosine decay of the learning rate;
@@ -36,8 +36,8 @@ Departures from the paper:
 `--preset ddpmpp` and `ncsnpp` keep 1, 2, 5, PyTorch's initial weights and its 1e-5 in
 the group norms (code: uniform weights scaled by the mean of both fans, 1e-6).
 
-It trains for 8 to 15 CPU minutes, all cores added up. What it draws and how good that
-is: results/ and README.md.
+Training takes 8 to 15 CPU minutes, summed over all cores: about five minutes on two.
+What it draws and how good that is: results/ and README.md.
 """
 
 import copy
@@ -78,25 +78,25 @@ class Config:
     sigma_max: float = 100.0  # most noise of ve, in (0, 1e6] (paper: 50, as above)
     weighting: Weighting = "logit_normal"  # of t in the loss (paper: simple, std^2)
     # sampling
-    sampler: Sampler = "pc"  # which one (paper: pc for ve, em for vp and subvp)
+    sampler: Sampler = "pc"  # of SDE or ODE (paper: pc for ve, em for vp and subvp)
     N: int = 500  # steps, in [1, 1e6]; rk4 makes N / 4, rk45 its own (paper: 1000)
     predictor: Predictor = "reverse"  # of pc, and where part is known (code: reverse)
     corrector_steps: int = 1  # of pc, a predictor step, in [0, 1000] (paper: 1)
     snr: float = 0.16  # r of the corrector, in (0, 10] (paper: ve 0.16, vp 0.01)
     tolerance: float = 1e-4  # of rk45, rtol and atol, in [1e-12, 1) (paper: 1e-5)
-    denoise: bool = True  # end with a mean: the last step's, Tweedie's (paper: yes)
+    denoise: bool = True  # end without noise: a mean, Tweedie's (paper: yes)
     clip_x0: bool = True  # clamp x0_hat to [-1, 1]; images only (paper: no)
     std_floor: float = 1e-5  # least std that eps_hat is divided by, in [0, 1]
-    temperature: float = 1.0  # scales the starting noise, in [0, 100] (paper: 1)
+    temperature: float = 1.0  # factor of x_T alone, in [0, 100] (paper: 1)
     likelihood: int = 16  # held-out examples whose likelihood is computed, >= 0
     n_samples: int = 64  # drawn at the end, in [1, 1e6]; points 100, series 5 times
-    classes: tuple[str, ...] = ()  # to draw by a classifier of noisy pictures (Eq. 49)
+    classes: tuple[str, ...] = ()  # names; drawn by a noisy classifier (Eq. 49)
     classifier_steps: int = 1500  # of that classifier's training, >= 1
     inpaint_N: int = 50  # steps where part is known: completing, in [1, 1e6]
-    inpaint_corrector: int = 5  # corrector steps each, in [0, 1000]
-    inpaint_snr: float = 0.4  # and their r, in (0, 10]
+    inpaint_corrector: int = 5  # corrector steps of each such step, in [0, 1000]
+    inpaint_snr: float = 0.4  # r of the corrector in completing, in (0, 10]
     image: str = ""  # a picture to complete, a file
-    mask: str = ""  # what of it is known, a picture: white; what is black is completed
+    mask: str = ""  # a picture, of its size: white is kept, black is completed
     forecast: int = 0  # last values that are hidden and forecast, >= 0; 0: a quarter
     # data
     dataset: str = "digits"  # digits, cifar10, ..., swiss_roll, ..., sines, csv:PATH
@@ -106,7 +106,7 @@ class Config:
     # network
     channels: int = 32  # base width of the U-Net, >= 4 (code: 128)
     mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (code: 1 2 2 2)
-    blocks: int = 1  # residual blocks a level, in [1, 100] (paper: 4)
+    blocks: int = 1  # residual blocks per level, in [1, 100] (paper: 4)
     attention: tuple[int, ...] = (7,)  # sides with self-attention, >= 1 (code: 16)
     heads: int = 1  # attention heads, >= 1 (code: 1)
     groups: int = 8  # groups of each group norm, >= 1 (code: 32)
@@ -120,10 +120,10 @@ class Config:
     layers: int = 4  # blocks of the MLP or SeriesNet, in [1, 100]
     # training
     steps: int = 4000  # optimiser steps, >= 1 (paper: 1300000)
-    batch_size: int = 32  # examples a step, over all processes, >= 1 (paper: 128)
+    batch_size: int = 32  # examples per step, over all processes, >= 1 (paper: 128)
     lr: float = 2e-3  # peak learning rate, > 0 (code: 2e-4)
     warmup: int = 200  # steps until the peak learning rate, >= 0 (code: 5000)
-    decay: Literal["cosine", "constant"] = "cosine"  # of the rate (code: constant)
+    decay: Literal["cosine", "constant"] = "cosine"  # how lr falls (code: constant)
     weight_decay: float = 0.0  # of AdamW, >= 0; 0 makes it Adam (code: 0)
     grad_clip: float = 1.0  # largest norm of the gradient, > 0 (code: 1)
     ema: float = 0.999  # decay of the average, in [0, 1) (paper: ve 0.999, vp 0.9999)
@@ -178,7 +178,10 @@ class SDE:
     samplers = ("em", "reverse", "ancestral", "pc", "rk45", "rk4")
 
     def marginal(self, x0, t):
-        """Mean (like x0) and std (broadcastable) of x_t given x_0. [SDE] Eq. 29."""
+        """Mean (like x0) and std (broadcastable) of x_t given x_0. [SDE] Eq. 29.
+
+        The variance of VE is sigma(t)^2, as in App. C; Eq. 29 has - sigma(0)^2, too.
+        """
         return over(self.m(t), x0) * x0, over(self.std(t), x0)
 
     def to(self, device):
@@ -300,7 +303,7 @@ class VPSDE(SDE):
 
 
 class SubVPSDE(VPSDE):
-    """VP's drift, at every t at most its variance: [SDE] Eq. 12, variance Eq. 28."""
+    """The drift of VP, and never more variance: [SDE] Eq. 12, variance Eq. 28."""
 
     samplers = ("em", "reverse", "pc", "rk45", "rk4")
 
@@ -613,7 +616,7 @@ def log_likelihood(score, sde, x, trace="exact", probe="rademacher", tolerance=1
                    eps=1e-5, prior_logp=None):
     """log p_eps(x) in nats: (B, ...) -> (B,). Source: [SDE] Eq. 39, Sec. 4.3, App. D.2.
 
-    trace: "exact", for points (one backward pass a dimension), or "hutchinson" ([SDE]
+    trace: "exact", for points (one backward pass per dimension), or "hutchinson" ([SDE]
     Eq. 40: one, with a rademacher or gaussian probe, the same along the trajectory).
     prior_logp: log p_T where it is known better than sde.prior_logp.
     """
@@ -731,7 +734,10 @@ def conditional_score(score, classifier, y):
 
 
 def timestep_embedding(t, dim):
-    """Sines and cosines of t: (B,) -> (B, dim). arXiv 1706.03762, Sec. 3.5."""
+    """Sines, then cosines of t, as in [DDPM]'s code: (B,) -> (B, dim).
+
+    After arXiv 1706.03762, Sec. 3.5, which takes them in turn.
+    """
     k, last = torch.arange(dim // 2, device=t.device), dim // 2 - 1
     frequencies = torch.exp(-math.log(10000) * k / last)
     angles = t.float()[:, None] * frequencies
@@ -1123,7 +1129,7 @@ class EMA:
 
 
 def train(cfg, run, data):
-    """Minimise [SDE] Eq. 7 on data.train; the averaged network in eval mode."""
+    """Train on data.train; returns the averaged network in eval mode. [SDE] Eq. 7."""
     sde = make_sde(cfg)
     model = run.place(make_network(cfg, data.shape))
     model.sigma_data.fill_(data.train.std())
@@ -1143,7 +1149,7 @@ def train(cfg, run, data):
         x0, _ = run.batch(data, cfg.batch_size, cfg.flip)
         if cfg.dequantize and images:
             x0 = dequantize(x0)
-        loss = score_loss(model, sde, x0, cfg.weighting)
+        loss = score_loss(model, sde, x0, cfg.weighting)  # [SDE] Eq. 7, t drawn there
         optimizer.zero_grad()
         run.backward(loss, optimizer, cfg.grad_clip)
         optimizer.step()
@@ -1374,7 +1380,7 @@ def figure_table(path, scores):
          "title": f"ODE, RK45, tolerance {most:g} to {least:g}"}]
     parts[0]["ylabel"] = "Fréchet distance in features"
     n = next(iter(scores["r"].values()))["n"]
-    plotting.curves(path, parts, f"{n} samples a point")
+    plotting.curves(path, parts, f"{n} samples per point")
 
 
 @plotting.figure
@@ -1392,7 +1398,7 @@ def figure_guardrails(run, cfg, model, sde, shape):
         rows.append(x)
         labels.append(f"{name}\nborder std {x[..., :2, :].std():.2f}")
     plotting.table(run.path("guardrails.png"), rows,
-                   f"Euler–Maruyama in {few.N} steps, one noise a column", labels)
+                   f"Euler–Maruyama in {few.N} steps, each column one noise", labels)
 
 
 @plotting.figure
@@ -1621,7 +1627,7 @@ def figure_series(run, data, samples):
         spectra[name] = range(len(power)), power, style
         correlations[f"_{name}"] = range(len(correlation)), correlation, style
     plotting.curves(run.path("series.png"), [
-        {"lines": spectra, "xlabel": "cycles a series", "yscale": "log",
+        {"lines": spectra, "xlabel": "cycles per series", "yscale": "log",
          "title": "power spectrum, the mean over series"},
         {"lines": correlations, "xlabel": "lag", "title": "autocorrelation"}])
     n, half = len(data.train), max(1, len(data.train) // 2)

@@ -99,7 +99,7 @@ def main(steps=1200, columns=10, file=ROOT / "docs/failures.png", sample="", **h
              *training_mistakes(load_images(cfg.dataset), xT, steps, how)]
     file.parent.mkdir(exist_ok=True)
     labels, rows = zip(*parts, strict=True)
-    plotting.table(file, rows, "One noise a column, one mistake a row", labels)
+    plotting.table(file, rows, "Each column one noise, each row one mistake", labels)
     return dict(parts)
 
 

@@ -3,11 +3,12 @@
     python results/race.py                              the default of ddpm_example.py
     python results/race.py --minutes 2 10 --no_keep --drawing uniform    another setting
 
-A CPU minute is one minute of one core: those of all cores are added up. For each budget
-the number of steps that it pays for is estimated from 200, a network is trained for so
+A CPU minute is one minute of one core, summed over all cores. For each budget the
+number of steps that it pays for is estimated from 200, a network is trained for so
 many, with the learning rate's decay fitted to them (what that took is reported), and
 500 samples are drawn in T steps (Alg. 2 of DDPM) and in 25 steps of DDIM, eta = 0. All
-that is not known here is a flag of ddpm_example.py. Writes results/ddpm/race.json and race.png; --no_keep: prints only.
+that is not known here is a flag of ddpm_example.py. Writes results/ddpm/race.json and
+race.png; --no_keep: prints only.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def figure(path, rows):
 
 
 def main(argv=None, folder=ROOT / "results/ddpm"):
-    """Run the race; a row a budget is printed, and written as soon as it is there."""
+    """Run the race; one row per budget is printed, and written as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      allow_abbrev=False)
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 2, 5, 10, 20])

@@ -57,7 +57,7 @@ def main(n=500, at=(250, 500, 1000, 2000, 4000), folder=ROOT / "results/ddim", *
                 found[f"{step + 1}, {name}"] = legible
         model.train()
     plotting.table(folder / "training.png", rows,
-                   "One noise a column, 20 steps, eta = 0", labels)
+                   "Each column one noise, 20 steps, eta = 0", labels)
     found = {"n": n, "legible": found}
     (folder / "training.json").write_text(json.dumps(found, indent=2))
     return ema.model
