@@ -36,7 +36,7 @@ Departures from the papers:
   7. a cosine decay of the learning rate, clipped gradients, a shorter average of the
      weights, which follows them faster at first.
 
-Training takes 10 to 17 CPU minutes, summed over all cores: about six minutes on two.
+Training takes 6 to 17 CPU minutes, summed over all cores: 3 to 9 minutes on two.
 What it draws and how good that is: results/ and README.md.
 """
 

@@ -22,7 +22,7 @@ Departures from the paper (`--preset paper` undoes all but 4 and 8):
      (`temperature`): what a small network gets wrong does less harm;
   8. tau always ends in T, in the authors' code a little below it.
 
-Training takes 7 to 14 CPU minutes, summed over all cores: about five minutes on two.
+Training takes 5 to 14 CPU minutes, summed over all cores: 3 to 7 minutes on two.
 What it draws and how good that is: results/ and README.md.
 """
 

@@ -18,7 +18,7 @@ Departures from the paper (`--preset paper` undoes all but 4 and 5):
   7. in sampling alone eps_hat is a little larger (`eps_scale`), x_T and z are smaller
      (`temperature`): what a small network gets wrong does less harm.
 
-Training takes 7 to 14 CPU minutes, summed over all cores: about five minutes on two.
+Training takes 5 to 14 CPU minutes, summed over all cores: 3 to 7 minutes on two.
 What it draws and how good that is: results/ and README.md.
 """
 

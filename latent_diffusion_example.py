@@ -25,7 +25,7 @@ Departures from the paper (`--preset paper` undoes all but 4, 5 and the loss in 
      0, as the cosine with T above 20, is refused: the first step of DDIM would
      magnify the network's error a thousandfold, and latents have no range to clamp to.
 
-Training takes 10 to 17 CPU minutes, summed over all cores: about six minutes on two.
+Training takes 6 to 17 CPU minutes, summed over all cores: 3 to 9 minutes on two.
 What it draws and how good that is: results/ and README.md.
 """
 

@@ -36,7 +36,7 @@ Departures from the paper:
 `--preset ddpmpp` and `ncsnpp` keep 1, 2, 5, PyTorch's initial weights and its 1e-5 in
 the group norms (code: uniform weights scaled by the mean of both fans, 1e-6).
 
-Training takes 8 to 15 CPU minutes, summed over all cores: about five minutes on two.
+Training takes 5 to 15 CPU minutes, summed over all cores: 3 to 8 minutes on two.
 What it draws and how good that is: results/ and README.md.
 """
 

@@ -46,81 +46,81 @@ class Step(NamedTuple):
 
 STEPS = {
     "ddpm": Step(
-        "ddpm_example.py", 6, "ddpm",
+        "ddpm_example.py", 5, "ddpm",
         "metrics.json samples.png neighbours.png forward.png schedules.png loss.png",
         "ddpm"),
     "ddpm_scores": Step(
-        "ddpm_example.py --sample {ddpm} --evaluate 500", 7, "ddpm",
+        "ddpm_example.py --sample {ddpm} --evaluate 500", 5, "ddpm",
         "metrics.json>evaluation.json denoising.png bound.png "
         "rate_distortion.png"),
     "ddim": Step(
-        "ddim_example.py", 6, "ddim",
+        "ddim_example.py", 5, "ddim",
         "metrics.json samples.png eta.png reconstruction.png interpolation.png "
         "interpolation.gif"),
     "ddim_scores": Step(
         "ddim_example.py --sample {ddim} --evaluate 500", 18, "ddim",
         "metrics.json>evaluation.json steps.png quality.png"),
     "conditional": Step(
-        "conditional_diffusion_example.py", 7, "conditional",
+        "conditional_diffusion_example.py", 5, "conditional",
         "metrics.json samples.png grid.png same_noise.png", "conditional"),
     "conditional_scores": Step(
-        "conditional_diffusion_example.py --sample {conditional} --evaluate 500", 7,
+        "conditional_diffusion_example.py --sample {conditional} --evaluate 500", 2,
         "conditional", "metrics.json>evaluation.json classifier.png"),
     "unconditional": Step(
-        "conditional_diffusion_example.py --p_uncond 1 --guidance classifier", 9,
+        "conditional_diffusion_example.py --p_uncond 1 --guidance classifier", 6,
         "conditional", "metrics.json>metrics_unconditional.json"),
     "unconditional_scores": Step(
         "conditional_diffusion_example.py --sample {unconditional} "
-        "--guidance classifier --evaluate 500", 4, "conditional",
+        "--guidance classifier --evaluate 500", 1, "conditional",
         "metrics.json>evaluation_unconditional.json"),
     "guidance": Step("results/guidance.py", 1, ""),
     "compare": Step(
         "conditional_diffusion_example.py --compare 240", 10, "conditional",
         "metrics.json>compare.json compare.png"),
     "latent": Step(
-        "latent_diffusion_example.py", 7, "latent",
+        "latent_diffusion_example.py", 5, "latent",
         "metrics.json samples.png neighbours.png reconstructions.png latents.png "
         "histogram.png prior.png walk.png cost.png", "latent"),
     "latent_scores": Step(
-        "latent_diffusion_example.py --sample {latent} --evaluate 500", 2, "latent",
+        "latent_diffusion_example.py --sample {latent} --evaluate 500", 1, "latent",
         "metrics.json>evaluation.json"),
     "score": Step(
-        "score_based_diffusion_example.py", 7, "score_based",
+        "score_based_diffusion_example.py", 5, "score_based",
         "metrics.json samples.png paths.png codes.png inpainting.png guardrails.png",
         "score_based"),
     "score_scores": Step(
-        "score_based_diffusion_example.py --sample {score} --evaluate 500", 30,
+        "score_based_diffusion_example.py --sample {score} --evaluate 500", 22,
         "score_based", "metrics.json>evaluation.json samplers.png table1.png"),
     "classes": Step(
         "score_based_diffusion_example.py --sample {score} "
-        "--classes 0 1 2 3 4 5 6 7 8 9", 6, "score_based",
+        "--classes 0 1 2 3 4 5 6 7 8 9", 3, "score_based",
         "metrics.json>classes.json classes.png"),
     "ve": Step(
-        "score_based_diffusion_example.py --sde ve", 7, "score_based",
+        "score_based_diffusion_example.py --sde ve", 5, "score_based",
         "metrics.json>metrics_ve.json"),
     "ve_scores": Step(
-        "score_based_diffusion_example.py --sample {ve} --evaluate 250", 16,
+        "score_based_diffusion_example.py --sample {ve} --evaluate 250", 14,
         "score_based", "metrics.json>evaluation_ve.json"),
     "subvp": Step(
-        "score_based_diffusion_example.py --sde subvp", 7, "score_based",
+        "score_based_diffusion_example.py --sde subvp", 5, "score_based",
         "metrics.json>metrics_subvp.json"),
     "subvp_scores": Step(
-        "score_based_diffusion_example.py --sample {subvp} --evaluate 250", 16,
+        "score_based_diffusion_example.py --sample {subvp} --evaluate 250", 11,
         "score_based", "metrics.json>evaluation_subvp.json"),
-    "sdes": Step("results/sdes.py {score} {ve} {subvp}", 2, ""),
+    "sdes": Step("results/sdes.py {score} {ve} {subvp}", 1, ""),
     "swiss_roll": Step(
         "score_based_diffusion_example.py --dataset swiss_roll", 1, "score_based",
         "metrics.json>swiss_roll.json density.png scores.png"),
     "sines": Step(
-        "score_based_diffusion_example.py --dataset sines", 4, "score_based",
+        "score_based_diffusion_example.py --dataset sines", 3, "score_based",
         "metrics.json>sines.json forecast.png series.png"),
     "membrane": Step(
-        "score_based_diffusion_example.py --dataset membrane", 5, "score_based",
+        "score_based_diffusion_example.py --dataset membrane", 3, "score_based",
         "metrics.json>membrane.json forecast.png>membrane.png"),
-    "unique_codes": Step("results/unique_codes.py", 3, ""),
-    "training": Step("results/training.py", 8, ""),
-    "how_many": Step("results/how_many.py", 16, ""),
-    "failures": Step("results/failures.py", 6, ""),
+    "unique_codes": Step("results/unique_codes.py", 1, ""),
+    "training": Step("results/training.py", 5, ""),
+    "how_many": Step("results/how_many.py", 12, ""),
+    "failures": Step("results/failures.py", 7, ""),
     "gallery": Step("results/gallery.py {ddpm} {conditional} {swiss_roll}", 1, ""),
     "race": Step("results/race.py", 45, ""),
 }

@@ -985,8 +985,8 @@ def test_the_flags_of_ddim_reach_the_sampler(drawing, trained):
     rows, _, names, columns = figures["grid.png"]
     assert names == ["unconditional", "w = 0", "w = 3"] and columns == ["d", "b", "e"]
     noises = [given["xT"] for given in calls["ddim_process"]]
-    assert all(torch.equal(xT, noises[1]) for xT in noises[2:4])  # grid: one noise a column
-    for xT in noises[4:9]:  # same_noise: one noise a row
+    assert all(torch.equal(xT, noises[1]) for xT in noises[2:4])  # grid: each column one noise
+    for xT in noises[4:9]:  # same_noise: each row one noise
         assert torch.equal(xT, xT[:1].expand_as(xT))
     assert not torch.equal(noises[4], noises[5])
 
