@@ -86,7 +86,8 @@ STEPS = {
         "metrics.json>evaluation.json"),
     "score": Step(
         "score_based_diffusion_example.py", 5, "score_based",
-        "metrics.json samples.png paths.png codes.png inpainting.png guardrails.png",
+        "metrics.json sdes.png samples.png paths.png codes.png inpainting.png "
+        "guardrails.png",
         "score_based"),
     "score_scores": Step(
         "score_based_diffusion_example.py --sample {score} --evaluate 500", 22,
