@@ -1,5 +1,6 @@
 """Where a run happens: CPU, CUDA or MPS; one process or several; seeds; precision."""
 
+import atexit
 import contextlib
 import os
 import sys
@@ -62,7 +63,14 @@ def launch(name="auto"):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
     return Launch(device, rank, world)
+
+
+def _leave():
+    """Leave the group while Python still runs: a group that outlives it may abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _whole_number(variable, default):

@@ -71,7 +71,7 @@ def test_every_command_of_the_pages_runs(tmp_path):
         cwd = ROOT if words[0] in ("grep", "git") else tmp_path
         done = subprocess.run(list(map(str, words)), cwd=cwd, env=environment(), capture_output=True, text=True)
         differs = words[0] == "git" and done.returncode == 1
-        assert done.returncode == 0 or differs, (words, done.stderr[-1500:])
+        assert done.returncode == 0 or differs, (words, done.stderr[-9000:])
         return done.stdout
 
     for script in sorted(ROOT.glob("*_example.py")):

@@ -31,8 +31,8 @@ def load(folder):
 
 
 def finished(done, status=0):
-    assert done.returncode == status, (done.returncode, done.stderr[-2000:])
-    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert done.returncode == status, (done.returncode, done.stderr[-9000:])
+    assert "Traceback" not in done.stderr, done.stderr[-9000:]
     return done
 
 
@@ -236,6 +236,7 @@ def test_ctrl_c_twice_leaves_at_once(tmp_path):
 
 # A script of its own: every rank writes what it saw. Rank 1 starts from other weights on purpose.
 RANKS = """
+import atexit
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -250,13 +251,15 @@ from common.runs import open_run
 
 @dataclass(frozen=True)
 class Config:
-    batch_size: int = 6  # pictures a step, >= 1
+    batch_size: int = 6  # pictures per step, >= 1
     warmup: int = 0  # steps, >= 0
     decay: Literal["cosine", "constant"] = "constant"  # of the rate
     preview_every: int = 2  # steps, >= 1
 
 
+atexit.register(lambda: print(f"in the group: {{torch.distributed.is_initialized()}}"))  # the last one
 cfg, run = open_run("toy", Config, {{"smoke": Config()}})
+assert torch.distributed.is_initialized()
 x = torch.linspace(-1, 1, 500).view(-1, 1, 1, 1)
 data = run.load(Data("toy", x, x[:5]))
 model = run.place(nn.Sequential(nn.Flatten(), nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)))
@@ -284,7 +287,8 @@ torch.save(dict(rows=rows, weights=weights), f"rank{{run.launch.rank}}.pt")
 def test_two_processes_share_the_batch_and_average_the_gradients(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS.format(root=str(ROOT)))
-    finished(run_script(script, "--device", "cpu", cwd=tmp_path, processes=2))
+    done = finished(run_script(script, "--device", "cpu", cwd=tmp_path, processes=2))
+    assert done.stdout.count("in the group: False") == 2  # left before Python ends
     one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1))
     assert len(one["rows"]) == len(other["rows"]) == 5
     for a, b in zip(one["rows"], other["rows"], strict=True):
