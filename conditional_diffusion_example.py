@@ -44,78 +44,86 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
-
-from common import metrics, plotting
-from common.cli import check_sizes, command_line
-from common.data import cached, load_images
-from common.device import seeded, training_cost
-from common.runs import open_run
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import plotting, quality
+from common.cli import (Count, Fraction, Mistake, NonNegative, OpenFraction, Positive,
+                        Probability, Range, Whole, check_sizes, command_line)
+from common.data import cached, load_images
+from common.device import seeded, training_cost
+from common.run import open_run
+
 Guidance = Literal["classifier_free", "classifier", "none"]
 Drawing = Literal["uniform", "logit_normal"]
+Weight = Annotated[float, Range(-1)]
 
 
 @dataclass(frozen=True)  # (paper: ...) is [CFG] on guidance, else [ADM]; DiT: [DiT]
 class Config:
-    """Every line is a flag, its comment the help text; a range in it is checked."""
+    """Each field is a flag: its type is the range, its comment the help text."""
 
     # diffusion
-    T: int = 1000  # diffusion steps, in [1, 1e6] (paper: 1000)
-    schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: both)
-    beta_1: float = 1e-4  # first variance, linear, T = 1000, in (0, 1) (paper: 1e-4)
-    beta_T: float = 0.02  # last variance, linear, T = 1000, in (0, 1) (paper: 0.02)
-    predict: Literal["eps", "v"] = "v"  # what the network predicts (paper, DiT: eps)
-    p_uncond: float = 0.1  # share of labels dropped, in [0, 1] (paper: 0.1, 0.2, 0.5)
+    T: Count = 1000              # diffusion steps (paper: 1000)
+    schedule: Literal["linear", "cosine"] = "linear"  # noise schedule (paper: both)
+    beta_1: OpenFraction = 1e-4  # linear schedule: beta_1 for T = 1000 (paper: 1e-4)
+    beta_T: OpenFraction = 0.02  # linear schedule: beta_T for T = 1000 (paper: 0.02)
+    predict: Literal["eps", "v"] = "v"  # prediction of the network (paper, DiT: eps)
+    p_uncond: Probability = 0.1  # fraction of labels dropped (paper: 0.1, 0.2, 0.5)
     # sampling
-    guidance: Guidance = "classifier_free"  # of all that is drawn; none: labels alone
-    classes: tuple[str, ...] = ()  # what to draw, in order; none: n_samples of all
-    w: tuple[float, ...] = (-1.0, 0.0, 1.0, 2.0, 4.0)  # weights w of grid.png, >= -1
-    w_samples: float = 2.0  # weight w of samples.png, >= -1 (paper: 0 to 4)
-    classifier_steps: int = 1500  # of the noisy classifier, >= 1 (paper: 300000)
+    guidance: Guidance = "classifier_free"  # kind of guidance; none uses labels alone
+    classes: tuple[str, ...] = ()   # classes to draw, in order; all if empty
+    w: tuple[Weight, ...] = (-1.0, 0.0, 1.0, 2.0, 4.0)  # guidance weights of grid.png
+    w_samples: Weight = 2.0         # guidance weight of samples.png (paper: 0 to 4)
+    classifier_steps: Count = 1500  # training steps of the classifier (paper: 300000)
     sampler: Literal["ddim", "ancestral"] = "ddim"  # S steps, or all T (paper: both)
-    S: int = 10  # DDIM steps, >= 1 and at most T (paper: 25 DDIM or 250 ancestral)
-    eta: float = 0.0  # 0: deterministic, 1: as noisy as DDPM, in [0, 1] (paper: 0)
-    spacing: Literal["linear", "quadratic"] = "linear"  # of the DDIM steps
-    variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # of the ancestral step
-    clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: yes)
-    temperature: float = 1.0  # factor of all noise in sampling, in [0, 2] (paper: 1)
-    n_samples: int = 500  # pictures drawn where `classes` names none, in [1, 1e6]
+    S: Count = 10                   # DDIM steps (paper: 25 DDIM or 250 ancestral)
+    eta: Probability = 0.0          # 0 adds no noise, 1 that of DDPM (paper: 0)
+    spacing: Literal["linear", "quadratic"] = "linear"  # DDIM step spacing
+    variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # ancestral step's sigma_t^2
+    clip_x0: bool = True            # clamp x0_hat to [-1, 1] in sampling (code: yes)
+    temperature: NonNegative = 1.0  # scale of all noise in sampling (paper: 1)
+    n_samples: Count = 500          # pictures drawn if `classes` is empty
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: imagenet)
-    image_size: int = 0  # resize pictures to this side, >= 0; 0 keeps theirs
-    flip: bool = False  # mirror pictures at random (paper: yes; never for digits)
+    image_size: Whole = 0    # resize or pad pictures to this resolution; 0 keeps theirs
+    flip: bool = False       # mirror pictures at random (paper: yes; never for digits)
     # network
     backbone: Literal["unet", "dit"] = "unet"  # U-Net or Diffusion Transformer
-    channels: int = 32  # base width of the U-Net, >= 4 (paper: 192, 256)
-    mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (paper: 1 2 3 4)
-    blocks: int = 1  # residual blocks per level, in [1, 100] (paper: 2 or 3)
-    attention: tuple[int, ...] = (7,)  # sides with attention, >= 1 (paper: 32 16 8)
-    heads: int = 1  # attention heads, >= 1 (paper: 64 channels each)
-    groups: int = 8  # groups of each group norm, >= 1 (code: 32)
-    dropout: float = 0.0  # in the residual blocks, in [0, 1) (paper: 0 or 0.1)
-    patch: int = 2  # side of the pixel blocks made channels, >= 1 (paper: none, 1)
-    dit_width: int = 96  # width of the DiT, in [4, 4096] (DiT: 384 to 1152)
-    dit_depth: int = 4  # blocks of the DiT, in [1, 100] (DiT: 12 to 28)
-    dit_heads: int = 4  # attention heads of the DiT, >= 1 (DiT: 6 to 16)
-    dit_patch: int = 4  # side of the DiT's patches, >= 1 (DiT: 2, 4 or 8)
-    dit_kernel: int = 3  # patches that make a token, a side, odd, in [1, 99] (DiT: 1)
+    channels: Count = 32                 # base width of the U-Net (paper: 192, 256)
+    mults: tuple[Count, ...] = (1, 2)    # relative width of each level (paper: 1 2 3 4)
+    blocks: Count = 1                    # residual blocks per level (paper: 2 or 3)
+    attention: tuple[Count, ...] = (7,)  # resolutions with attention (paper: 32 16 8)
+    heads: Count = 1                     # attention heads (paper: 64 channels each)
+    groups: Count = 8                    # groups in each group norm (code: 32)
+    dropout: Fraction = 0.0              # dropout in residual blocks (paper: 0 or 0.1)
+    patch: Count = 2                     # patch size of the U-Net (paper: none, 1)
+    dit_width: Count = 96                # width of the DiT (DiT: 384 to 1152)
+    dit_depth: Count = 4                 # blocks of the DiT (DiT: 12 to 28)
+    dit_heads: Count = 4                 # attention heads of the DiT (DiT: 6 to 16)
+    dit_patch: Count = 4                 # patch size of the DiT (DiT: 2, 4 or 8)
+    dit_kernel: Count = 3                # patches across a token; odd (DiT: 1)
     # training
-    drawing: Drawing = "logit_normal"  # how training draws t (paper: uniform)
-    steps: int = 5000  # optimiser steps, >= 1 (DiT: 400000 and more)
-    batch_size: int = 32  # pictures per step, over all processes, >= 1 (DiT: 256)
-    lr: float = 2e-3  # peak learning rate, > 0 (paper and DiT: 1e-4)
-    warmup: int = 200  # steps until the peak learning rate, >= 0 (paper: 0)
-    decay: Literal["cosine", "constant"] = "cosine"  # how lr falls (paper: constant)
-    weight_decay: float = 0.0  # of AdamW, >= 0; 0 makes it Adam (paper: 0)
-    grad_clip: float = 1.0  # largest norm of the gradient, > 0 (paper: none)
-    ema: float = 0.999  # decay of the weights' average, in [0, 1) (paper: 0.9999)
-    preview_every: int = 2500  # steps between previews and checkpoints, >= 1
-    compare: float = 0.0  # seconds for U-Net and DiT each, classifier-free, in [0, 1e6]
+    drawing: Drawing = "logit_normal"  # distribution of t in training (paper: uniform)
+    steps: Count = 5000                # optimiser steps (DiT: 400000 and more)
+    batch_size: Count = 32             # batch size over all processes (DiT: 256)
+    lr: Positive = 2e-3                # peak learning rate (paper and DiT: 1e-4)
+    warmup: Whole = 200                # steps of learning-rate warm-up (paper: 0)
+    decay: Literal["cosine", "constant"] = "cosine"  # decay of lr (paper: constant)
+    weight_decay: NonNegative = 0.0    # AdamW's weight decay; 0 gives Adam (paper: 0)
+    grad_clip: Positive = 1.0          # largest norm of the gradient (paper: none)
+    ema: Fraction = 0.999              # EMA decay of the weights (paper: 0.9999)
+    preview_every: Count = 2500        # steps between previews and checkpoints
+    compare: NonNegative = 0.0         # compare U-Net and DiT after this many seconds
+
+
+# these may change after training
+SAMPLING = (
+    "guidance", "classes", "w", "w_samples", "classifier_steps", "sampler", "S", "eta",
+    "spacing", "variance", "clip_x0", "temperature", "n_samples")
 
 
 DIT = Config(  # [DiT] Table 1 with patches of 2, trained as there, on CIFAR-10's pixels
@@ -178,7 +186,7 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = 1 - f[1:] / f[:-1]
     else:
-        raise ValueError(f"schedule {kind}: must be one of linear, cosine")
+        raise Mistake(f"schedule {kind}: must be one of linear, cosine")
     betas = F.pad(betas.clamp(max=0.999), (1, 0))  # betas[0] = 0: the clean image
     alphas = 1 - betas  # [DDPM] Sec. 2
     alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 * ... * alpha_t
@@ -223,23 +231,19 @@ def draw_t(n, T, drawing="uniform"):
     return (1 + (T * share).long()).clamp(max=T)
 
 
-def ddpm_loss(model, x0, schedule, t=None, eps=None):
+def ddpm_loss(model, x0, t, eps, schedule):
     """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
     The terms of the bound in the form of [DDPM] Eq. 12, without their weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
-    the bound. The mean over pixels, in the paper their sum. t: (B,) int64 in 1..T and
-    eps, like x0, are drawn unless they are given.
+    the bound. The mean over pixels, in the paper their sum. t: (B,) int64 in 1..T; eps:
+    like x0, standard normal.
     """
-    if t is None:
-        t = draw_t(len(x0), schedule.T).to(x0.device)  # [DDPM] Alg. 1, line 3
-    if eps is None:
-        eps = torch.randn_like(x0)  # [DDPM] Alg. 1, line 4
     xt = q_sample(x0, t, eps, schedule.alpha_bars)
     return F.mse_loss(model(xt, t), eps)  # [DDPM] Alg. 1, line 5
 
 
-def v_loss(model, x0, schedule, t=None, eps=None):
+def v_loss(model, x0, t, eps, schedule):
     """The squared error of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 -> scalar.
 
     model(xt, t, v=True) gives v_hat. x_t is given, so that eps_hat - eps is
@@ -435,7 +439,7 @@ def reverse_process(model, xT, schedule, variance="beta_tilde", clip_x0=True,
 def ddim_timesteps(T, S, spacing="linear"):
     """tau: S distinct ascending ints of 1..T that end in T. Source: [DDIM] App. D.2."""
     if not 1 <= S <= T:
-        raise ValueError(f"S {S}: must be in [1, {T}], the number of diffusion steps T")
+        raise Mistake(f"S {S}: must be at least 1 and at most T, {T}")
     if spacing == "quadratic":  # max: small tau_i stay distinct
         return [max(i, T * i * i // S**2) for i in range(1, S + 1)]
     return [T * i // S for i in range(1, S + 1)]
@@ -502,6 +506,8 @@ class ResBlock(nn.Module):
     Time and class scale and shift the second norm: adaptive group normalisation, [ADM]
     Sec. 3.1.
     """
+
+    recompute = True  # --grad_checkpointing computes its activations again
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -655,6 +661,8 @@ class DiTBlock(nn.Module):
     block starts as the identity. Source: [DiT] Sec. 3.2.
     """
 
+    recompute = True  # --grad_checkpointing computes its activations again
+
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         self.heads = heads
@@ -709,15 +717,15 @@ class DiT(nn.Module):
                  heads=6, classes=1000, dropout=0.0, out_channels=None, kernel=1):
         super().__init__()
         if width % 4:
-            raise ValueError(f"dit_width {width}: must be a multiple of 4 (positions)")
+            raise Mistake(f"dit_width {width}: must be a multiple of 4 (positions)")
         if width % heads:
-            raise ValueError(f"dit_heads {heads}: must divide --dit_width {width}")
+            raise Mistake(f"dit_heads {heads}: must divide --dit_width {width}")
         if kernel % 2 == 0:
-            raise ValueError(f"dit_kernel {kernel}: must be odd")
+            raise Mistake(f"dit_kernel {kernel}: must be odd")
         if image_size % patch:
             low = image_size // patch * patch
-            raise ValueError(f"image_size {image_size}: must be a multiple of {patch} "
-                             f"(dit_patch), nearest: {low}, {low + patch}")
+            raise Mistake(f"image_size {image_size}: must be a multiple of {patch} "
+                          f"(dit_patch), the nearest: {low}, {low + patch}")
         self.classes, self.patch, self.width = classes, patch, width
         self.embed = nn.Conv2d(image_channels * patch**2, width, kernel,
                                padding=kernel // 2)
@@ -816,7 +824,9 @@ class NoisyClassifier(nn.Module):
         h = self.down(self.block1(h, emb))
         h = self.block3(self.attention(self.block2(h, emb)), emb)
         h = F.silu(self.norm_out(h))
-        H, W = h.shape[2:]  # to 2 x 2, by what MPS can do with an odd side as well
+        H, W = (max(2, size) for size in h.shape[2:])
+        h = F.interpolate(h, (H, W))  # of a 4 x 4 image a single pixel is left
+        # to 2 x 2, by what MPS can do with odd sizes, too
         h = F.avg_pool2d(h, ((H + 1) // 2, (W + 1) // 2), (H // 2, W // 2))
         return self.out(h.flatten(1))
 
@@ -844,6 +854,15 @@ class EMA:
             buffer.copy_(other)  # buffers are not averaged
 
 
+def set_learning_rate(optimizer, cfg, step):
+    """A linear warm-up to cfg.lr, then as cfg.decay says. step: 0..cfg.steps - 1."""
+    lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
+    if cfg.decay == "cosine":
+        lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def train(cfg, run, data):
     """Train on data.train; returns the averaged network in eval mode. [CFG] Alg. 1."""
     classes = len(data.classes)
@@ -853,19 +872,24 @@ def train(cfg, run, data):
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
                                   weight_decay=cfg.weight_decay)
 
-    def preview(step):
-        figure_preview(run, ema.model, data, schedule, step)
-
-    # run.training sets the learning rate, logs, saves, resumes: common/runs.py
-    for step in run.training(cfg.steps, model, optimizer, preview, ema=ema.model):
-        x0, y = run.batch(data, cfg.batch_size, cfg.flip)  # [CFG] Alg. 1, line 2
+    # run.steps: progress bar, checkpoints, resume, Ctrl-C (common/run.py)
+    for step in run.steps(cfg.steps, model=model, ema=ema.model, optimizer=optimizer):
+        set_learning_rate(optimizer, cfg, step)
+        x0, y = run.batch(data.train, data.train_labels)  # [CFG] Alg. 1, line 2
         y = drop_labels(y, cfg.p_uncond, null=classes)  # line 3
         t = draw_t(len(x0), cfg.T, cfg.drawing).to(run.device)  # line 4
-        loss = objective(cfg)(partial(model, y=y), x0, schedule, t)  # lines 5 to 7
+        eps = torch.randn_like(x0)  # line 5
+        with run.autocast():  # lines 6 and 7
+            loss = objective(cfg)(partial(model, y=y), x0, t, eps, schedule)
         optimizer.zero_grad()
-        run.backward(loss, optimizer, cfg.grad_clip)  # line 7: the gradient, clipped
+        loss.backward()
+        run.average_gradients(model)  # over several processes
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         ema.update(model, step)
+        run.log(loss=loss, grad_norm=norm)
+        if run.main and (step + 1) % cfg.preview_every == 0:
+            figure_preview(run, ema.model, data, schedule, step + 1)
     return ema.model
 
 
@@ -880,21 +904,27 @@ def train_classifier(cfg, run, data, schedule):
 
     def fit(classifier):
         optimizer = torch.optim.AdamW(classifier.parameters(), 3e-3, weight_decay=0.05)
-        for _ in run.training(cfg.classifier_steps, classifier, optimizer,
-                              name="classifier", keep=False):
-            x0, y = run.batch(data, 64, cfg.flip)
+        rate = replace(cfg, lr=3e-3, steps=cfg.classifier_steps)
+        for step in run.steps(cfg.classifier_steps, "classifier", save=False,
+                              classifier=classifier, optimizer=optimizer):
+            set_learning_rate(optimizer, rate, step)
+            x0, y = run.batch(data.train, data.train_labels, size=64)
             shift = tuple(torch.randint(-2, 3, (2,)).tolist())
             x0 = torch.roll(x0, shift, dims=(2, 3))  # for [ADM]'s random crops
             t = torch.randint(1, cfg.T + 1, (len(x0),), device=x0.device)
             xt = q_sample(x0, t, torch.randn_like(x0), schedule.alpha_bars)
-            loss = F.cross_entropy(classifier(xt, t), y)
+            with run.autocast():
+                loss = F.cross_entropy(classifier(xt, t), y)
             optimizer.zero_grad()
-            run.backward(loss, optimizer, clip=1.0)
+            loss.backward()
+            run.average_gradients(classifier)
+            norm = nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
             optimizer.step()
+            run.log(loss=loss, grad_norm=norm)
         return not run.stopped
 
     key = (data.shape, data.fingerprint(), cfg.schedule, cfg.T, cfg.beta_1,
-           cfg.beta_T, cfg.classifier_steps, cfg.flip)
+           cfg.beta_T, cfg.classifier_steps, cfg.warmup, cfg.decay, cfg.flip)
     with seeded(2025, run.device):
         classifier = cached(f"noisy_classifier_{data.name}", key, make, fit)
     return classifier.eval().requires_grad_(False)
@@ -903,7 +933,7 @@ def train_classifier(cfg, run, data, schedule):
 # %% 7. Figures and main
 
 
-@plotting.figure
+@plotting.figure("grid.png")
 def figure_grid(run, cfg, model, data, schedule, classes, settings):
     """grid.png: each column a noise and a class, each row a guidance weight."""
     weights = cfg.w if cfg.guidance != "none" else (0.0,)
@@ -914,7 +944,7 @@ def figure_grid(run, cfg, model, data, schedule, classes, settings):
                    [spell(cfg, w) for w in weights], [data.classes[c] for c in classes])
 
 
-@plotting.figure
+@plotting.figure("same_noise.png")
 def figure_same_noise(run, cfg, model, data, schedule, settings):
     """same_noise.png: each row one noise, each column one class."""
     y = torch.arange(min(10, len(data.classes)), device=run.device)
@@ -927,7 +957,7 @@ def figure_same_noise(run, cfg, model, data, schedule, settings):
                    [f"noise {i + 1}" for i in range(5)], [data.classes[c] for c in y])
 
 
-@plotting.figure
+@plotting.figure("samples.png")
 def figure_samples(run, cfg, samples, y, data):
     """samples.png: samples, each row one class, beside real pictures of it.
 
@@ -952,7 +982,7 @@ def figure_samples(run, cfg, samples, y, data):
         "Each row one class", n)
 
 
-@plotting.figure
+@plotting.figure("preview.png")
 def figure_preview(run, model, data, schedule, step):
     """preview.png: x0_hat of held-out x_t, with the right label and without one."""
     x0, y = data.test[:6], data.test_labels[:6]
@@ -971,7 +1001,7 @@ def figure_preview(run, model, data, schedule, step):
     plotting.table(run.path("preview.png"), rows, title, labels)
 
 
-@plotting.figure
+@plotting.figure("denoising.gif")
 def figure_denoising(run, states, n):
     """denoising.gif: x_t on its way to the classes asked for."""
     frames = plotting.evenly(list(states), 40)
@@ -1001,7 +1031,7 @@ def measure_guidance(run, cfg, model, data, schedule, classifier, settings):
     return scores
 
 
-@plotting.figure
+@plotting.figure("guidance.png")
 def figure_guidance(path, scores):
     """guidance.png: accuracy, recall, Fréchet distance against w, a line per guidance.
 
@@ -1034,7 +1064,7 @@ def classifier_accuracy(classifier, data, schedule):
     return found
 
 
-@plotting.figure
+@plotting.figure("classifier.png")
 def figure_classifier(run, classifier, data, schedule):
     """classifier.png: how often the noisy classifier is right at t."""
     found = classifier_accuracy(classifier, data, schedule)
@@ -1049,14 +1079,16 @@ def figure_classifier(run, classifier, data, schedule):
 def compare(cfg, run, data, schedule):
     """compare.png: U-Net and DiT, each trained for cfg.compare seconds."""
     if run.launch.world > 1:
-        raise ValueError(f"compare {cfg.compare:g}: must be run in one process")
+        raise Mistake(f"compare {cfg.compare:g}: must be run in one process")
     classes, scores, panels = len(data.classes), {}, []
     y = torch.arange(cfg.n_samples, device=run.device) % classes
     models = {name: make_model(replace(cfg, backbone=name), data.shape, classes)
               for name in ("unet", "dit")}
     for backbone, model in models.items():
-        cost = training_cost(run.place(model), objective(cfg),
-                             data.train[:cfg.batch_size], schedule, repeats=25)
+        x0 = data.train[:cfg.batch_size]
+        t = draw_t(len(x0), cfg.T, cfg.drawing).to(run.device)
+        cost = training_cost(run.place(model), partial(
+            objective(cfg), model, x0, t, torch.randn_like(x0), schedule), repeats=25)
         steps = max(10, int(cfg.compare / cost["seconds"]))
         part = run.part(backbone, replace(cfg, backbone=backbone, steps=steps))
         model = train(part.cfg, part, data)
@@ -1068,7 +1100,7 @@ def compare(cfg, run, data, schedule):
 
         with seeded(run.opts.seed, run.device):
             samples, timing = run.draw(cfg.n_samples, states, model, cfg.S)
-        found = metrics.quality(samples, data, y)
+        found = quality.scores(samples, data, y)
         scores[backbone] = part.read_metrics() | found | {"sampling": timing}
         run.add_metrics(compare=scores)
         title = (f"{backbone}: {steps} steps, Fréchet {found['frechet_distance']:.1f},"
@@ -1088,22 +1120,22 @@ def spell(cfg, w):
 
 
 def asked_classes(cfg, data, evaluates):
-    """The labels to draw. ValueError where cfg asks for what data or network lack."""
+    """The labels to draw. Mistake where cfg asks for what data or network lack."""
     if data.train_labels is None:
-        raise ValueError(f"dataset {cfg.dataset}: has no labels to condition on")
+        raise Mistake(f"dataset {cfg.dataset}: has no labels to condition on")
     known = [*data.classes, *map(str, range(len(data.classes)))]  # names, or numbers
     for c in cfg.classes:
         if c not in known:
-            raise ValueError(f"classes {c}: must be one of "
-                             f"{', '.join(data.classes[:20])}")
+            raise Mistake(f"classes {c}: must be one of "
+                          f"{', '.join(data.classes[:20])}")
     if not cfg.w:
-        raise ValueError("w: needs at least one number")
+        raise Mistake("w is empty: it needs at least one number")
     if cfg.p_uncond == 0 and (cfg.guidance != "none" or evaluates):
-        raise ValueError(f"p_uncond {cfg.p_uncond:g}: must be > 0 for guidance, which "
-                         "asks the network for the null class")
+        raise Mistake(f"p_uncond {cfg.p_uncond:g}: must be above 0 for guidance, which "
+                      "asks the network for the null class")
     if cfg.p_uncond == 1 and cfg.guidance != "classifier":
-        raise ValueError(f"p_uncond {cfg.p_uncond:g}: must be < 1 with --guidance "
-                         f"{cfg.guidance}: the network would never see a label")
+        raise Mistake(f"p_uncond {cfg.p_uncond:g}: must be below 1 with --guidance "
+                      f"{cfg.guidance}, or the network would never see a label")
     return [known.index(c) % len(data.classes) for c in cfg.classes or data.classes]
 
 
@@ -1122,7 +1154,7 @@ def show(run, cfg, model, data, schedule, classes, settings, samples, y):
 @command_line
 def main(argv=None):
     """Train, or load what was trained; draw; measure."""
-    cfg, run = open_run("conditional", Config, PRESETS, argv)
+    cfg, run = open_run("conditional", Config, PRESETS, SAMPLING, argv)
     data = run.load(load_images(cfg.dataset, cfg.image_size))
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # raises before training if S > T
@@ -1153,7 +1185,7 @@ def main(argv=None):
     n = len(classes) if cfg.classes else cfg.n_samples
     steps = cfg.S if cfg.sampler == "ddim" else cfg.T
     samples, timing = run.draw(n, states, model, steps)
-    run.add_metrics(sampling=timing, samples=metrics.glance(samples, data, y[:n]))
+    run.add_metrics(sampling=timing, samples=quality.glance(samples, data, y[:n]))
     show(run, cfg, model, data, schedule, classes, settings, samples, y[:n])
     figure_denoising(run, states(range(min(10, n))), min(10, n))
     run.evaluate(states, model, steps, data, y[:run.opts.evaluate])

@@ -32,60 +32,67 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
-from common import metrics, plotting
-from common.cli import check_sizes, command_line
-from common.data import load_images
-from common.runs import open_run
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from common import plotting, quality
+from common.cli import (Count, Fraction, Mistake, NonNegative, OpenFraction, Positive,
+                        Probability, Whole, check_sizes, command_line)
+from common.data import load_images
+from common.run import open_run
 
 Drawing = Literal["uniform", "logit_normal"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every line is a flag, its comment the help text; a range in it is checked."""
+    """Each field is a flag: its type is the range, its comment the help text."""
 
     # diffusion
-    T: int = 1000  # diffusion steps, in [1, 1e6] (paper: 1000)
-    schedule: Literal["linear", "cosine"] = "linear"  # how beta_t grows (paper: linear)
-    beta_1: float = 1e-4  # first variance, linear, T = 1000, in (0, 1) (paper: 1e-4)
-    beta_T: float = 0.02  # last variance, linear, T = 1000, in (0, 1) (paper: 0.02)
+    T: Count = 1000              # diffusion steps (paper: 1000)
+    schedule: Literal["linear", "cosine"] = "linear"  # noise schedule (paper: linear)
+    beta_1: OpenFraction = 1e-4  # linear schedule: beta_1 for T = 1000 (paper: 1e-4)
+    beta_T: OpenFraction = 0.02  # linear schedule: beta_T for T = 1000 (paper: 0.02)
     # sampling
-    S: int = 50  # sampling steps, >= 1 and at most T (paper: 10 to 1000)
-    eta: float = 0.0  # 0: deterministic, 1: as noisy as DDPM, in [0, 1] (paper: 0 to 1)
-    spacing: Literal["linear", "quadratic"] = "linear"  # of the steps tau (paper: both)
-    sigma_hat: bool = False  # with eta 1: the larger noise, Sec. 5 (paper: Table 1)
-    clip_x0: bool = True  # clamp x0_hat to [-1, 1] while sampling (code: no)
-    eps_scale: float = 1.1  # factor of eps_hat in sampling, in [0.5, 2] (paper: 1)
-    temperature: float = 0.9  # factor of all noise in sampling, in [0, 2] (paper: 1)
-    n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]
+    S: Count = 50                   # sampling steps (paper: 10 to 1000)
+    eta: Probability = 0.0          # 0 adds no noise, 1 that of DDPM (paper: 0 to 1)
+    spacing: Literal["linear", "quadratic"] = "linear"  # step spacing (paper: both)
+    sigma_hat: bool = False         # larger noise (Sec. 5) for eta 1 (paper: Table 1)
+    clip_x0: bool = True            # clamp x0_hat to [-1, 1] in sampling (code: no)
+    eps_scale: Positive = 1.1       # scale of eps_hat in sampling (paper: 1)
+    temperature: NonNegative = 0.9  # scale of all noise in sampling (paper: 1)
+    n_samples: Count = 64           # pictures drawn at the end
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: cifar10)
-    image_size: int = 0  # resize pictures to this side, >= 0; 0 keeps theirs
-    flip: bool = False  # mirror pictures at random (paper: yes; never for digits)
+    image_size: Whole = 0    # resize or pad pictures to this resolution; 0 keeps theirs
+    flip: bool = False       # mirror pictures at random (paper: yes; never for digits)
     # network
-    channels: int = 32  # base width of the U-Net, >= 4 (code: 128)
-    mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (code: 1 2 2 2)
-    blocks: int = 1  # residual blocks per level, in [1, 100] (paper: 2)
-    attention: tuple[int, ...] = (7,)  # sides with self-attention, >= 1 (paper: 16)
-    heads: int = 1  # attention heads, >= 1 (code: 1)
-    groups: int = 8  # groups of each group norm, >= 1 (code: 32)
-    dropout: float = 0.0  # in the residual blocks, in [0, 1) (paper: 0.1)
-    patch: int = 2  # side of the pixel blocks made channels, >= 1 (paper: none, 1)
+    channels: Count = 32                 # base width of the U-Net (code: 128)
+    mults: tuple[Count, ...] = (1, 2)    # relative width of each level (code: 1 2 2 2)
+    blocks: Count = 1                    # residual blocks per level (paper: 2)
+    attention: tuple[Count, ...] = (7,)  # resolutions with attention (paper: 16)
+    heads: Count = 1                     # attention heads (code: 1)
+    groups: Count = 8                    # groups in each group norm (code: 32)
+    dropout: Fraction = 0.0              # dropout in residual blocks (paper: 0.1)
+    patch: Count = 2                     # patch size of the U-Net (paper: none, 1)
     # training
-    drawing: Drawing = "logit_normal"  # how training draws t (paper: uniform)
-    steps: int = 4000  # optimiser steps, >= 1 (paper: 800000)
-    batch_size: int = 32  # pictures per step, over all processes, >= 1 (paper: 128)
-    lr: float = 2e-3  # peak learning rate, > 0 (paper: 2e-4)
-    warmup: int = 200  # steps until the peak learning rate, >= 0 (code: 5000)
-    decay: Literal["cosine", "constant"] = "cosine"  # how lr falls (paper: constant)
-    weight_decay: float = 0.0  # of AdamW, >= 0; 0 makes it Adam (paper: 0)
-    grad_clip: float = 1.0  # largest norm of the gradient, > 0 (code: 1)
-    ema: float = 0.999  # decay of the weights' average, in [0, 1) (paper: 0.9999)
-    preview_every: int = 1000  # steps between previews and checkpoints, >= 1
+    drawing: Drawing = "logit_normal"  # distribution of t in training (paper: uniform)
+    steps: Count = 4000                # optimiser steps (paper: 800000)
+    batch_size: Count = 32             # batch size over all processes (paper: 128)
+    lr: Positive = 2e-3                # peak learning rate (paper: 2e-4)
+    warmup: Whole = 200                # steps of learning-rate warm-up (code: 5000)
+    decay: Literal["cosine", "constant"] = "cosine"  # decay of lr (paper: constant)
+    weight_decay: NonNegative = 0.0    # AdamW's weight decay; 0 gives Adam (paper: 0)
+    grad_clip: Positive = 1.0          # largest norm of the gradient (code: 1)
+    ema: Fraction = 0.999              # EMA decay of the weights (paper: 0.9999)
+    preview_every: Count = 1000        # steps between previews and checkpoints
+
+
+# these may change after training
+SAMPLING = (
+    "S", "eta", "spacing", "sigma_hat", "clip_x0", "eps_scale", "temperature",
+    "n_samples")
 
 
 PRESETS = {
@@ -137,7 +144,7 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = 1 - f[1:] / f[:-1]
     else:
-        raise ValueError(f"schedule {kind}: must be one of linear, cosine")
+        raise Mistake(f"schedule {kind}: must be one of linear, cosine")
     betas = F.pad(betas.clamp(max=0.999), (1, 0))  # betas[0] = 0: the clean image
     alphas = 1 - betas  # [DDPM] Sec. 2
     alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 * ... * alpha_t
@@ -170,18 +177,14 @@ def draw_t(n, T, drawing="uniform"):
     return (1 + (T * share).long()).clamp(max=T)
 
 
-def ddpm_loss(model, x0, schedule, t=None, eps=None):
+def ddpm_loss(model, x0, t, eps, schedule):
     """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
     The terms of the bound in the form of [DDPM] Eq. 12, without their weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
-    the bound. The mean over pixels, in the paper their sum. t: (B,) int64 in 1..T and
-    eps, like x0, are drawn unless they are given.
+    the bound. The mean over pixels, in the paper their sum. t: (B,) int64 in 1..T; eps:
+    like x0, standard normal.
     """
-    if t is None:
-        t = draw_t(len(x0), schedule.T).to(x0.device)  # [DDPM] Alg. 1, line 3
-    if eps is None:
-        eps = torch.randn_like(x0)  # [DDPM] Alg. 1, line 4
     xt = q_sample(x0, t, eps, schedule.alpha_bars)
     return F.mse_loss(model(xt, t), eps)  # [DDPM] Alg. 1, line 5
 
@@ -221,7 +224,7 @@ def scaled(model, scale):
 def ddim_timesteps(T, S, spacing="linear"):
     """tau: S distinct ascending ints of 1..T that end in T. Source: [DDIM] App. D.2."""
     if not 1 <= S <= T:
-        raise ValueError(f"S {S}: must be in [1, {T}], the number of diffusion steps T")
+        raise Mistake(f"S {S}: must be at least 1 and at most T, {T}")
     if spacing == "quadratic":  # max: small tau_i stay distinct
         return [max(i, T * i * i // S**2) for i in range(1, S + 1)]
     return [T * i // S for i in range(1, S + 1)]
@@ -321,6 +324,8 @@ def zero_init(layer):
 
 class ResBlock(nn.Module):
     """Two convolutions and the time. (B, c_in, H, W) -> (B, c_out, H, W)."""
+
+    recompute = True  # --grad_checkpointing computes its activations again
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -485,6 +490,15 @@ class EMA:
             buffer.copy_(other)  # buffers are not averaged
 
 
+def set_learning_rate(optimizer, cfg, step):
+    """A linear warm-up to cfg.lr, then as cfg.decay says. step: 0..cfg.steps - 1."""
+    lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
+    if cfg.decay == "cosine":
+        lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def train(cfg, run, data):
     """Train on data.train; returns the averaged network in eval mode. [DDPM] Alg. 1."""
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
@@ -493,25 +507,30 @@ def train(cfg, run, data):
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
                                   weight_decay=cfg.weight_decay)
 
-    def preview(step):
-        figure_preview(run, ema.model, data, schedule, step)
-
-    # run.training sets the learning rate, logs, saves, resumes: common/runs.py
-    for step in run.training(cfg.steps, model, optimizer, preview, ema=ema.model):
-        x0, _ = run.batch(data, cfg.batch_size, cfg.flip)  # [DDPM] Alg. 1, line 2
+    # run.steps: progress bar, checkpoints, resume, Ctrl-C (common/run.py)
+    for step in run.steps(cfg.steps, model=model, ema=ema.model, optimizer=optimizer):
+        set_learning_rate(optimizer, cfg, step)
+        x0, _ = run.batch(data.train)  # [DDPM] Alg. 1, line 2
         t = draw_t(len(x0), cfg.T, cfg.drawing).to(run.device)  # line 3
-        loss = ddpm_loss(model, x0, schedule, t)  # lines 4 and 5
+        eps = torch.randn_like(x0)  # line 4
+        with run.autocast():
+            loss = ddpm_loss(model, x0, t, eps, schedule)  # line 5
         optimizer.zero_grad()
-        run.backward(loss, optimizer, cfg.grad_clip)  # line 5: the gradient, clipped
+        loss.backward()
+        run.average_gradients(model)  # over several processes
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         ema.update(model, step)
+        run.log(loss=loss, grad_norm=norm)
+        if run.main and (step + 1) % cfg.preview_every == 0:
+            figure_preview(run, ema.model, data, schedule, step + 1)
     return ema.model
 
 
 # %% 6. Figures and main
 
 
-@plotting.figure
+@plotting.figure("preview.png")
 def figure_preview(run, model, data, schedule, step):
     """preview.png: x0_hat of held-out x_t at a few t: one network call, no sampling."""
     x0 = data.test[:6]
@@ -528,14 +547,14 @@ def figure_preview(run, model, data, schedule, step):
     plotting.table(run.path("preview.png"), rows, title, labels)
 
 
-@plotting.figure
+@plotting.figure("loss.png")
 def figure_loss(run, model, data, schedule):
     """loss.png: the training loss, and the held-out loss by t."""
     x0 = data.test[:200]
 
     def loss(low, high):
         t = torch.randint(low, max(high, low + 1), (len(x0),), device=x0.device)
-        return ddpm_loss(model, x0, schedule, t).item()
+        return ddpm_loss(model, x0, t, torch.randn_like(x0), schedule).item()
 
     edges = [1 + schedule.T * i // 10 for i in range(11)]
     plotting.curves(run.path("loss.png"), [
@@ -543,7 +562,7 @@ def figure_loss(run, model, data, schedule):
         plotting.loss_by_t(loss, edges, "held-out loss by t")])
 
 
-@plotting.figure
+@plotting.figure("denoising.gif", "denoising.png")
 def figure_denoising(run, model, states, alpha_bars):
     """denoising.gif: x_t on its way; denoising.png: x_t, and below it x0_hat."""
     states = list(states)
@@ -561,7 +580,7 @@ def figure_denoising(run, model, states, alpha_bars):
                    ["x_t", "x0_hat"] * 3, [f"t = {t}" for t, _ in columns])
 
 
-@plotting.figure
+@plotting.figure("steps.png", "eta.png")
 def figure_steps(run, cfg, model, schedule, shape):
     """steps.png: each column one noise, in more and more steps; eta.png: each twice.
 
@@ -583,7 +602,7 @@ def figure_steps(run, cfg, model, schedule, shape):
                    [name for i in range(5) for name in (f"noise {i + 1}", "again")])
 
 
-@plotting.figure
+@plotting.figure("interpolation.png", "interpolation.gif")
 def figure_interpolation(run, cfg, model, schedule, shape):
     """interpolation.png: from noise to noise, on the sphere and on the line; a GIF."""
     def decode(xT):
@@ -610,7 +629,7 @@ def figure_interpolation(run, cfg, model, schedule, shape):
     plotting.gif(run.path("interpolation.gif"), frames, 6, captions, hold=0)
 
 
-@plotting.figure
+@plotting.figure("reconstruction.png")
 def figure_reconstruction(run, cfg, model, schedule, data):
     """reconstruction.png: pictures, their codes, what comes back of them."""
     x0, errors, rows, codes = data.test[:8], {}, [], []
@@ -630,7 +649,7 @@ def figure_reconstruction(run, cfg, model, schedule, data):
     run.add_metrics(reconstruction_error_by_S=errors)
 
 
-@plotting.figure
+@plotting.figure("quality.png")
 def figure_quality(run, cfg, model, states, data):
     """quality.png: Fréchet distance against S, the paper's Table 1 in small."""
     counts = [S for S in (10, 20, 50, 100) if S < cfg.T] + [cfg.T]
@@ -652,12 +671,12 @@ def figure_quality(run, cfg, model, states, data):
 @command_line
 def main(argv=None):
     """Train, or load what was trained; draw; measure."""
-    cfg, run = open_run("ddim", Config, PRESETS, argv, reads=("ddpm",))
+    cfg, run = open_run("ddim", Config, PRESETS, SAMPLING, argv, reads=("ddpm",))
     data = run.load(load_images(cfg.dataset, cfg.image_size))
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # raises before training if S > T
     if cfg.sigma_hat and cfg.eta != 1:
-        raise ValueError(f"eta {cfg.eta}: must be 1 with --sigma_hat")
+        raise Mistake(f"eta {cfg.eta}: must be 1 with --sigma_hat")
     if run.sampling:
         model = run.trained(make_unet(cfg, data.shape))
     else:
@@ -674,7 +693,7 @@ def main(argv=None):
         return ddim_process(sharper, xT, schedule, *how)
 
     samples, timing = run.draw(cfg.n_samples, states, model, cfg.S)
-    run.add_metrics(sampling=timing, samples=metrics.glance(samples, data))
+    run.add_metrics(sampling=timing, samples=quality.glance(samples, data))
     plotting.samples(run.path("samples.png"), samples, data, "Drawn from noise")
     plotting.neighbours(run.path("neighbours.png"), samples, data)
     figure_loss(run, model, data, schedule)

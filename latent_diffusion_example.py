@@ -32,18 +32,19 @@ What it draws and how good that is: results/ and README.md.
 import copy
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
-
-from common import metrics, plotting
-from common.checkpoints import load_checkpoint, restore
-from common.cli import check_multiple, check_sizes, command_line, fail
-from common.data import Data, load_images
-from common.device import seeded, training_cost
-from common.runs import open_run
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from common import plotting, quality
+from common.cli import (Count, Fraction, Mistake, NonNegative, OpenFraction, Positive,
+                        Probability, Whole, check_multiple, check_sizes, command_line)
+from common.data import load_images
+from common.device import seeded, training_cost
+from common.run import load_checkpoint, open_run, reading
 
 Kind = Literal["linear", "sqrt_linear", "cosine"]
 Drawing = Literal["uniform", "logit_normal"]
@@ -51,56 +52,60 @@ Drawing = Literal["uniform", "logit_normal"]
 
 @dataclass(frozen=True)
 class Config:
-    """Every line is a flag, its comment the help text; a range in it is checked."""
+    """Each field is a flag: its type is the range, its comment the help text."""
 
     # autoencoder
-    vae: str = ""  # run or checkpoint whose autoencoder is taken, without stage 1
-    factor: Literal[2, 4, 8] = 4  # f, by which sides shrink (paper: 1 to 32)
-    z_channels: int = 4  # channels of the latents, in [1, 256] (paper: 3 or 4)
-    vae_channels: int = 32  # base width of the autoencoder, in [4, 2048] (code: 128)
-    vae_blocks: int = 1  # residual blocks per level, in [1, 100] (code: 2)
-    vae_patch: Literal[1, 2, 4, 8] = 2  # side of pixel blocks made channels (paper: 1)
-    kl_weight: float = 1e-2  # of the summed KL, in [0, 100] (paper: 1e-6)
-    reconstruction: Literal["l1", "l2"] = "l2"  # error (code: l1 and perceptual)
-    adversarial: float = 0.0  # weight of the discriminator, in [0, 100] (code: 0.5)
-    adversarial_start: int = 500  # stage-1 steps before it joins, >= 0 (code: 50001)
-    vae_steps: int = 1000  # optimiser steps of stage 1, >= 1
-    vae_lr: float = 2e-3  # peak rate of stage 1, > 0 (code: 4.5e-6 per picture)
+    vae: str = ""                   # skip stage 1: use the VAE of a run or checkpoint
+    factor: Literal[2, 4, 8] = 4    # downsampling factor f (paper: 1 to 32)
+    z_channels: Count = 4           # channels of the latents (paper: 3 or 4)
+    vae_channels: Count = 32        # base width of the autoencoder (code: 128)
+    vae_blocks: Count = 1           # residual blocks per autoencoder level (code: 2)
+    vae_patch: Literal[1, 2, 4, 8] = 2  # patch size of the autoencoder (paper: 1)
+    kl_weight: NonNegative = 1e-2   # weight of the summed KL term (paper: 1e-6)
+    reconstruction: Literal["l1", "l2"] = "l2"  # pixel error (code: l1 and perceptual)
+    adversarial: NonNegative = 0.0  # weight of the discriminator (code: 0.5)
+    adversarial_start: Whole = 500  # steps before the discriminator joins (code: 50001)
+    vae_steps: Count = 1000         # optimiser steps of stage 1
+    vae_lr: Positive = 2e-3         # peak rate of stage 1 (code: 4.5e-6 per picture)
     # diffusion
-    T: int = 1000  # diffusion steps, in [1, 1e6] (paper: 1000)
-    schedule: Kind = "linear"  # how beta_t grows (code: sqrt_linear)
-    beta_1: float = 1e-4  # first variance, at T = 1000, in (0, 1) (code: 1.5e-3)
-    beta_T: float = 0.02  # last variance, at T = 1000, in (0, 1) (code: 0.0195)
+    T: Count = 1000              # diffusion steps (paper: 1000)
+    schedule: Kind = "linear"    # noise schedule (code: sqrt_linear)
+    beta_1: OpenFraction = 1e-4  # linear schedules: beta_1 for T = 1000 (code: 1.5e-3)
+    beta_T: OpenFraction = 0.02  # linear schedules: beta_T for T = 1000 (code: 0.0195)
     # sampling
-    S: int = 250  # sampling steps, >= 1 and at most T (paper: 500 for CelebA-HQ)
-    eta: float = 1.0  # 0: deterministic, 1: as noisy as DDPM, in [0, 1] (paper: 0 to 1)
-    spacing: Literal["linear", "quadratic"] = "linear"  # of the steps
-    temperature: float = 0.9  # factor of all noise in sampling, in [0, 2] (paper: 1)
-    n_samples: int = 64  # pictures drawn at the end, in [1, 1e6]
+    S: Count = 250                  # sampling steps (paper: 500 for CelebA-HQ)
+    eta: Probability = 1.0          # 0 adds no noise, 1 that of DDPM (paper: 0 to 1)
+    spacing: Literal["linear", "quadratic"] = "linear"  # step spacing
+    temperature: NonNegative = 0.9  # scale of all noise in sampling (paper: 1)
+    n_samples: Count = 64           # pictures drawn at the end
     # data
     dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: ImageNet, ...)
-    image_size: int = 32  # resize or pad pictures to this side, >= 0; 0 keeps theirs
-    flip: bool = False  # mirror pictures at random (code: yes; never for digits)
+    image_size: Whole = 32   # resize or pad pictures to this resolution; 0 keeps theirs
+    flip: bool = False       # mirror pictures at random (code: yes; never for digits)
     # network
-    channels: int = 48  # base width of the U-Net, >= 4 (paper: 224)
-    mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (paper: 1 2 3 4)
-    blocks: int = 1  # residual blocks per level, in [1, 100] (paper: 2)
-    attention: tuple[int, ...] = (4,)  # latent sides with it, >= 1 (paper: 32 16 8)
-    heads: int = 1  # attention heads, >= 1 (paper: one for 32 channels)
-    groups: int = 8  # groups of each group norm, >= 1 (code: 32)
-    dropout: float = 0.0  # in the residual blocks, in [0, 1) (paper: none)
-    patch: int = 1  # side of the latent blocks made channels, >= 1 (paper: none, 1)
+    channels: Count = 48                 # base width of the U-Net (paper: 224)
+    mults: tuple[Count, ...] = (1, 2)    # relative width of each level (paper: 1 2 3 4)
+    blocks: Count = 1                    # residual blocks per level (paper: 2)
+    attention: tuple[Count, ...] = (4,)  # latent sizes with attention (paper: 32 16 8)
+    heads: Count = 1                     # attention heads (paper: one for 32 channels)
+    groups: Count = 8                    # groups in each group norm (code: 32)
+    dropout: Fraction = 0.0              # dropout in residual blocks (paper: none)
+    patch: Count = 1                     # patch size of the U-Net (paper: none, 1)
     # training
-    drawing: Drawing = "logit_normal"  # how training draws t (paper: uniform)
-    steps: int = 5000  # optimiser steps of stage 2, >= 1 (paper: 410000)
-    batch_size: int = 32  # pictures per step, over all processes, >= 1 (paper: 48)
-    lr: float = 1e-3  # peak learning rate of stage 2, > 0 (paper: 9.6e-5)
-    warmup: int = 200  # steps until the peak learning rate, >= 0 (code: 10000)
-    decay: Literal["cosine", "constant"] = "cosine"  # of the rates (paper: constant)
-    weight_decay: float = 0.0  # of AdamW, >= 0; 0 makes it Adam (code: 0.01)
-    grad_clip: float = 1.0  # largest norm of stage 2's gradient, > 0 (code: none)
-    ema: float = 0.999  # decay of the weights' average, in [0, 1) (code: 0.9999)
-    preview_every: int = 1000  # steps between previews and checkpoints, >= 1
+    drawing: Drawing = "logit_normal"  # distribution of t in training (paper: uniform)
+    steps: Count = 5000                # optimiser steps of stage 2 (paper: 410000)
+    batch_size: Count = 32             # batch size over all processes (paper: 48)
+    lr: Positive = 1e-3                # peak learning rate of stage 2 (paper: 9.6e-5)
+    warmup: Whole = 200                # steps of learning-rate warm-up (code: 10000)
+    decay: Literal["cosine", "constant"] = "cosine"  # decay of rates (paper: constant)
+    weight_decay: NonNegative = 0.0    # AdamW's weight decay; 0 gives Adam (code: 0.01)
+    grad_clip: Positive = 1.0          # largest norm of stage 2's gradient (code: none)
+    ema: Fraction = 0.999              # EMA decay of the weights (code: 0.9999)
+    preview_every: Count = 1000        # steps between previews and checkpoints
+
+
+# these may change after training
+SAMPLING = ("S", "eta", "spacing", "temperature", "n_samples")
 
 
 PRESETS = {
@@ -172,7 +177,7 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = 1 - f[1:] / f[:-1]
     else:
-        raise ValueError(f"schedule {kind}: must be one of linear, sqrt_linear, cosine")
+        raise Mistake(f"schedule {kind}: must be one of linear, sqrt_linear, cosine")
     betas = F.pad(betas.clamp(max=0.999), (1, 0))  # betas[0] = 0: the clean image
     alphas = 1 - betas  # [DDPM] Sec. 2
     alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 * ... * alpha_t
@@ -238,18 +243,14 @@ def draw_t(n, T, drawing="uniform"):
     return (1 + (T * share).long()).clamp(max=T)
 
 
-def ddpm_loss(model, x0, schedule, t=None, eps=None):
+def ddpm_loss(model, x0, t, eps, schedule):
     """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
 
     The terms of the bound in the form of [DDPM] Eq. 12, without their weight
     beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
-    the bound. The mean over pixels, in the paper their sum. t: (B,) int64 in 1..T and
-    eps, like x0, are drawn unless they are given.
+    the bound. The mean over pixels, in the paper their sum. t: (B,) int64 in 1..T; eps:
+    like x0, standard normal.
     """
-    if t is None:
-        t = draw_t(len(x0), schedule.T).to(x0.device)  # [DDPM] Alg. 1, line 3
-    if eps is None:
-        eps = torch.randn_like(x0)  # [DDPM] Alg. 1, line 4
     xt = q_sample(x0, t, eps, schedule.alpha_bars)
     return F.mse_loss(model(xt, t), eps)  # [DDPM] Alg. 1, line 5
 
@@ -279,7 +280,7 @@ def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
 def ddim_timesteps(T, S, spacing="linear"):
     """tau: S distinct ascending ints of 1..T that end in T. Source: [DDIM] App. D.2."""
     if not 1 <= S <= T:
-        raise ValueError(f"S {S}: must be in [1, {T}], the number of diffusion steps T")
+        raise Mistake(f"S {S}: must be at least 1 and at most T, {T}")
     if spacing == "quadratic":  # max: small tau_i stay distinct
         return [max(i, T * i * i // S**2) for i in range(1, S + 1)]
     return [T * i // S for i in range(1, S + 1)]
@@ -366,6 +367,8 @@ def zero_init(layer):
 
 class ResBlock(nn.Module):
     """Two convolutions and the time. (B, c_in, H, W) -> (B, c_out, H, W)."""
+
+    recompute = True  # --grad_checkpointing computes its activations again
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -510,6 +513,8 @@ def make_unet(cfg, shape):
 class VAEBlock(nn.Module):
     """ResBlock without the time. (B, c_in, H, W) -> (B, c_out, H, W)."""
 
+    recompute = True  # --grad_checkpointing computes its activations again
+
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.body = nn.Sequential(
@@ -534,9 +539,9 @@ class VAE(nn.Module):
                  groups=8, patch=2):
         super().__init__()
         if patch > factor:
-            raise ValueError(f"vae_patch {patch}: must be at most --factor {factor}")
+            raise Mistake(f"vae_patch {patch}: must be at most --factor {factor}")
         if channels % groups:
-            raise ValueError(f"groups {groups}: must divide --vae_channels {channels}")
+            raise Mistake(f"groups {groups}: must divide --vae_channels {channels}")
         self.factor, self.patch = factor, patch
         self.register_buffer("scale", torch.ones(()))
         levels = (factor // patch).bit_length()  # 1 + log2(f / patch)
@@ -570,7 +575,8 @@ class VAE(nn.Module):
         """Mean and log-variance of q(z | x), two (B, z_channels, H/f, W/f)."""
         H, W = x.shape[2:]
         if H % self.factor or W % self.factor:  # what is decoded would be larger than x
-            raise ValueError(f"factor {self.factor}: must divide the sides {H} and {W}")
+            raise Mistake(f"factor {self.factor}: must divide the height {H} and the "
+                          f"width {W}")
         mean, logvar = self.encoder(F.pixel_unshuffle(x, self.patch)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)  # exp stays finite (code)
 
@@ -639,18 +645,29 @@ class EMA:
             buffer.copy_(other)  # buffers are not averaged
 
 
+def set_learning_rate(optimizer, cfg, step):
+    """A linear warm-up to cfg.lr, then as cfg.decay says. step: 0..cfg.steps - 1."""
+    lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
+    if cfg.decay == "cosine":
+        lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def load_vae(cfg, run, shape):
     """The frozen autoencoder of the checkpoint cfg.vae."""
     where = f"--vae {cfg.vae}"
     state = load_checkpoint(cfg.vae, ("latent",), where)
     if "vae" not in state:
-        fail(f"{where}: holds no autoencoder")
+        raise Mistake(f"{where}: holds no autoencoder")
     for name in ("factor", "z_channels", "vae_channels", "vae_blocks", "vae_patch",
                  "groups", "image_size"):
         if (theirs := state["config"].get(name)) != getattr(cfg, name):
-            fail(f"--{name} {getattr(cfg, name)}: {where} was made with {theirs}")
+            raise Mistake(
+                f"--{name} {getattr(cfg, name)}: {where} was made with {theirs}")
     vae = make_vae(cfg, shape)
-    restore(vae, state["vae"], where)
+    with reading(where):
+        vae.load_state_dict(state["vae"])
     return run.place(vae).eval().requires_grad_(False)
 
 
@@ -663,24 +680,35 @@ def train_vae(cfg, run, data):
     optimizer_d = torch.optim.Adam(discriminator.parameters(), cfg.vae_lr,
                                    betas=(0.5, 0.9))
     z_shape = latent_shape(cfg, data.shape)
-    for step in run.training(cfg.vae_steps, vae, optimizer, name="vae",
-                             discriminator=discriminator, optimizer_d=optimizer_d):
-        x, _ = run.batch(data, cfg.batch_size, cfg.flip)
-        x_hat, mean, logvar = vae(x, torch.randn(len(x), *z_shape, device=x.device))
-        loss, error, kl = vae_loss(x, x_hat, mean, logvar, cfg.kl_weight,
-                                   cfg.reconstruction)
+    rate = replace(cfg, lr=cfg.vae_lr, steps=cfg.vae_steps)
+    for step in run.steps(cfg.vae_steps, "vae", vae=vae, discriminator=discriminator,
+                          optimizer=optimizer, optimizer_d=optimizer_d):
+        set_learning_rate(optimizer, rate, step)
+        set_learning_rate(optimizer_d, rate, step)
+        x, _ = run.batch(data.train)
+        eps = torch.randn(len(x), *z_shape, device=x.device)
+        with run.autocast():
+            x_hat, mean, logvar = vae(x, eps)
+            loss, error, kl = vae_loss(x, x_hat, mean, logvar, cfg.kl_weight,
+                                       cfg.reconstruction)
+        x_hat = x_hat.float()
         adversarial = cfg.adversarial > 0 and step >= cfg.adversarial_start
         if adversarial:  # [LDM] Eq. 25, the minimum: the autoencoder fools it
             adversary = -discriminator(x_hat).mean()
             weight = adversarial_weight(loss, adversary, vae.conv_out.weight)
             loss = loss + cfg.adversarial * weight * adversary
         optimizer.zero_grad()
-        run.backward(loss, optimizer, clip=100.0, reconstruction=error, kl=kl)
+        loss.backward()
+        run.average_gradients(vae)
+        norm = nn.utils.clip_grad_norm_(vae.parameters(), 100.0)
         optimizer.step()
+        run.log(loss=loss, grad_norm=norm, reconstruction=error, kl=kl)
         if adversarial:  # [LDM] Eq. 25, the maximum: it tells them apart
             loss = discriminator_loss(discriminator(x), discriminator(x_hat.detach()))
             optimizer_d.zero_grad()
-            run.backward(loss, optimizer_d, clip=100.0)
+            loss.backward()
+            run.average_gradients(discriminator)
+            nn.utils.clip_grad_norm_(discriminator.parameters(), 100.0)
             optimizer_d.step()
     vae.zero_grad()  # its gradients would stay in memory
     return vae.eval().requires_grad_(False)
@@ -704,28 +732,33 @@ def train(cfg, run, data):
         mirrored = encode_all(vae, data.train.flip(3))
         mean, logvar = torch.cat([mean, mirrored[0]]), torch.cat([logvar, mirrored[1]])
     vae.scale.fill_(latent_scale(mean, logvar))
-    latents = Data("latents", torch.cat([mean, logvar], dim=1), mean[:0])
+    latents = torch.cat([mean, logvar], dim=1)
 
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     ema = EMA(model, cfg.ema)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
                                   weight_decay=cfg.weight_decay)
 
-    def preview(step):
-        figure_preview(run, ema.model, vae, data, schedule, step)
-
-    # run.training sets the learning rate, logs, saves, resumes: common/runs.py
-    for step in run.training(cfg.steps, model, optimizer, preview, ema=ema.model,
-                             vae=vae):
-        moments, _ = run.batch(latents, cfg.batch_size)  # [DDPM] Alg. 1, line 2
+    # run.steps: progress bar, checkpoints, resume, Ctrl-C (common/run.py)
+    for step in run.steps(cfg.steps, model=model, ema=ema.model, vae=vae,
+                          optimizer=optimizer):
+        set_learning_rate(optimizer, cfg, step)
+        moments, _ = run.batch(latents, flip=False)  # [DDPM] Alg. 1, line 2
         mean, logvar = moments.chunk(2, dim=1)
         z0 = vae.scale * reparameterise(mean, logvar, torch.randn_like(mean))
         t = draw_t(len(z0), cfg.T, cfg.drawing).to(run.device)  # line 3
-        loss = ddpm_loss(model, z0, schedule, t)  # lines 4 and 5: [LDM] Eq. 2
+        eps = torch.randn_like(z0)  # line 4
+        with run.autocast():
+            loss = ddpm_loss(model, z0, t, eps, schedule)  # line 5: [LDM] Eq. 2
         optimizer.zero_grad()
-        run.backward(loss, optimizer, cfg.grad_clip)
+        loss.backward()
+        run.average_gradients(model)  # over several processes
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         ema.update(model, step)
+        run.log(loss=loss, grad_norm=norm)
+        if run.main and (step + 1) % cfg.preview_every == 0:
+            figure_preview(run, ema.model, vae, data, schedule, step + 1)
     return ema.model, vae
 
 
@@ -738,7 +771,7 @@ def psnr(x, x_hat):
     return 10 * torch.log10(4 / error.clamp(min=1e-10))  # the range is 2, its square 4
 
 
-@plotting.figure
+@plotting.figure("reconstructions.png", "latents.png")
 def figure_autoencoder(run, vae, data):
     """reconstructions.png: pictures and what comes back; latents.png: their latents."""
     x = data.test[:500]
@@ -759,7 +792,7 @@ def figure_autoencoder(run, vae, data):
                    ["picture"] + [f"channel {i + 1}" for i in range(len(channels))])
 
 
-@plotting.figure
+@plotting.figure("walk.png")
 def figure_walk(run, vae, data):
     """walk.png: the line between two pictures, in latents and in pixels."""
     x, shares = data.test[:4], torch.linspace(0, 1, 9, device=run.device)
@@ -773,7 +806,7 @@ def figure_walk(run, vae, data):
                        ["latents", "pixels"] * (len(rows) // 2))
 
 
-@plotting.figure
+@plotting.figure("histogram.png")
 def figure_histogram(run, vae, data):
     """histogram.png: the latents' values against N(0, 1), and their spectrum."""
     mean, logvar = encode_all(vae, data.train[:1000])
@@ -796,7 +829,7 @@ def figure_histogram(run, vae, data):
         "Latents against N(0, I)")
 
 
-@plotting.figure
+@plotting.figure("prior.png")
 def figure_prior(run, vae, data, samples):
     """prior.png: what the VAE decodes from N(0, I), and from the diffusion's latents.
 
@@ -812,7 +845,7 @@ def figure_prior(run, vae, data, samples):
         "Decoded: N(0, I), and what the diffusion draws")
 
 
-@plotting.figure
+@plotting.figure("preview.png")
 def figure_preview(run, model, vae, data, schedule, step):
     """preview.png: z0_hat of held-out z_t at a few t, decoded: one network call."""
     x = data.test[:6]
@@ -831,7 +864,7 @@ def figure_preview(run, model, vae, data, schedule, step):
     plotting.table(run.path("preview.png"), rows, title, labels)
 
 
-@plotting.figure
+@plotting.figure("denoising.gif")
 def figure_denoising(run, model, vae, states, alpha_bars):
     """denoising.gif: the decoded z0_hat along the sampler's way."""
     pictures, captions = [], []
@@ -843,7 +876,7 @@ def figure_denoising(run, model, vae, states, alpha_bars):
     plotting.gif(run.path("denoising.gif"), pictures, 4, captions)
 
 
-@plotting.figure
+@plotting.figure("loss.png")
 def figure_loss(run):
     """loss.png: the losses of the stages that this run trained."""
     plotting.curves(run.path("loss.png"), [
@@ -852,7 +885,7 @@ def figure_loss(run):
         plotting.loss_curve(run.read_log(), "stage 2: noise prediction ([LDM] Eq. 2)")])
 
 
-@plotting.figure
+@plotting.figure("cost.png")
 def figure_cost(run, cfg, shape):
     """cost.png: a training step of the same U-Net, on latents and on pixels.
 
@@ -866,7 +899,9 @@ def figure_cost(run, cfg, shape):
                                 ("pixel", shape, on_pixels)):
             model = run.place(make_unet(how, size))
             x0 = torch.randn(cfg.batch_size, *size, device=run.device)
-            costs[name] = training_cost(model, ddpm_loss, x0, schedule)
+            t = draw_t(cfg.batch_size, cfg.T).to(run.device)
+            costs[name] = training_cost(model, partial(
+                ddpm_loss, model, x0, t, torch.randn_like(x0), schedule))
     ratio = {key: costs["pixel"][key] / costs["latent"][key] for key in costs["pixel"]}
     titles = {"seconds": "seconds", "gflop": "10^9 operations",
               "activations_mb": "activations, MB"}
@@ -881,13 +916,13 @@ def figure_cost(run, cfg, shape):
 @command_line
 def main(argv=None):
     """Train both stages, or load what was trained; draw; measure."""
-    cfg, run = open_run("latent", Config, PRESETS, argv)
+    cfg, run = open_run("latent", Config, PRESETS, SAMPLING, argv)
     data = run.load(load_images(cfg.dataset, cfg.image_size))
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # raises before training if S > T
     if (end := schedule.alpha_bars[-1].item()) < 1e-6:
-        raise ValueError(f"schedule {cfg.schedule}: ends, with --T {cfg.T}, at "
-                         f"alpha_bar_T = {end:.1e}, which must be at least 1e-06")
+        raise Mistake(f"schedule {cfg.schedule}: ends, with --T {cfg.T}, at "
+                      f"alpha_bar_T = {end:.1e}, which must be at least 1e-06")
     z_shape = latent_shape(cfg, data.shape)
     if run.sampling:
         model = run.trained(make_unet(cfg, z_shape))
@@ -912,7 +947,7 @@ def main(argv=None):
         yield 0, decode_all(vae, zt)
 
     samples, timing = run.draw(cfg.n_samples, states, model, cfg.S)
-    run.add_metrics(sampling=timing, samples=metrics.glance(samples, data))
+    run.add_metrics(sampling=timing, samples=quality.glance(samples, data))
     plotting.samples(run.path("samples.png"), samples, data, "Drawn in latent space")
     plotting.neighbours(run.path("neighbours.png"), samples, data)
     figure_histogram(run, vae, data)

@@ -46,19 +46,19 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Literal
 
-from common import metrics, plotting
-from common.cli import check_sizes, command_line
-from common.data import POINTS, SERIES, cached, load_data, point_density
-from common.device import Meter, seeded
-from common.ode import solve
-from common.pictures import make_masks, read_question
-from common.runs import open_run
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+
+from common import plotting, quality
+from common.cli import (Count, Fraction, Mistake, NonNegative, OpenFraction, Positive,
+                        Probability, Whole, check_sizes, command_line)
+from common.data import (POINTS, SERIES, cached, load_data, make_masks, point_density,
+                         read_question)
+from common.device import counted, seeded
+from common.run import open_run
 
 Sampler = Literal["em", "reverse", "ancestral", "pc", "rk45", "rk4"]
 Predictor = Literal["reverse", "ancestral", "flow", "none"]
@@ -67,67 +67,75 @@ Weighting = Literal["simple", "likelihood", "logit_normal"]
 
 @dataclass(frozen=True)
 class Config:
-    """Every line is a flag, its comment the help text; a range in it is checked."""
+    """Each field is a flag: its type is the range, its comment the help text."""
 
     # SDE
-    sde: Literal["ve", "vp", "subvp"] = "vp"  # the SDE (paper: all three)
+    sde: Literal["ve", "vp", "subvp"] = "vp"  # forward SDE (paper: all three)
     beta: Literal["linear", "cosine"] = "linear"  # beta(t) of vp, subvp (paper: linear)
-    beta_min: float = 0.1  # beta(0) of the linear beta, > 0 (paper: 0.1)
-    beta_max: float = 20.0  # beta(1) of the linear beta, in (0, 1e4] (paper: 20)
-    sigma_min: float = 0.02  # least noise of ve, > 0 (paper: 0.01 for x in [0, 1])
-    sigma_max: float = 100.0  # most noise of ve, in (0, 1e6] (paper: 50, as above)
-    weighting: Weighting = "logit_normal"  # of t in the loss (paper: simple, std^2)
+    beta_min: Positive = 0.1     # linear beta(t) at t = 0 (paper: 0.1)
+    beta_max: Positive = 20.0    # linear beta(t) at t = 1 (paper: 20)
+    sigma_min: Positive = 0.02   # smallest noise of ve (paper: 0.01 for x in [0, 1])
+    sigma_max: Positive = 100.0  # largest noise of ve (paper: 50 for x in [0, 1])
+    weighting: Weighting = "logit_normal"  # loss weight of t (paper: simple, std^2)
     # sampling
-    sampler: Sampler = "pc"  # of SDE or ODE (paper: pc for ve, em for vp and subvp)
-    N: int = 500  # steps, in [1, 1e6]; rk4 makes N / 4, rk45 its own (paper: 1000)
-    predictor: Predictor = "reverse"  # of pc, and where part is known (code: reverse)
-    corrector_steps: int = 1  # of pc, a predictor step, in [0, 1000] (paper: 1)
-    snr: float = 0.16  # r of the corrector, in (0, 10] (paper: ve 0.16, vp 0.01)
-    tolerance: float = 1e-4  # of rk45, rtol and atol, in [1e-12, 1) (paper: 1e-5)
-    denoise: bool = True  # end without noise: a mean, Tweedie's (paper: yes)
-    clip_x0: bool = True  # clamp x0_hat to [-1, 1]; images only (paper: no)
-    std_floor: float = 1e-5  # least std that eps_hat is divided by, in [0, 1]
-    temperature: float = 1.0  # factor of x_T alone, in [0, 100] (paper: 1)
-    likelihood: int = 16  # held-out examples whose likelihood is computed, >= 0
-    n_samples: int = 64  # drawn at the end, in [1, 1e6]; points 100, series 5 times
-    classes: tuple[str, ...] = ()  # names; drawn by a noisy classifier (Eq. 49)
-    classifier_steps: int = 1500  # of that classifier's training, >= 1
-    inpaint_N: int = 50  # steps where part is known: completing, in [1, 1e6]
-    inpaint_corrector: int = 5  # corrector steps of each such step, in [0, 1000]
-    inpaint_snr: float = 0.4  # r of the corrector in completing, in (0, 10]
-    image: str = ""  # a picture to complete, a file
-    mask: str = ""  # a picture, of its size: white is kept, black is completed
-    forecast: int = 0  # last values that are hidden and forecast, >= 0; 0: a quarter
+    sampler: Sampler = "pc"           # sampler (paper: pc for ve, em for vp and subvp)
+    N: Count = 500                    # steps; rk4: N / 4, rk45: adaptive (paper: 1000)
+    predictor: Predictor = "reverse"  # predictor of pc and imputation (code: reverse)
+    corrector_steps: Whole = 1        # corrector steps per predictor step (paper: 1)
+    snr: Positive = 0.16              # corrector's ratio r (paper: ve 0.16, vp 0.01)
+    tolerance: OpenFraction = 1e-4    # rtol and atol of rk45 (paper: 1e-5)
+    denoise: bool = True              # end with a noise-free mean (paper: yes)
+    clip_x0: bool = True              # clamp x0_hat of images to [-1, 1] (paper: no)
+    std_floor: Probability = 1e-5     # smallest std by which eps_hat is divided
+    temperature: NonNegative = 1.0    # scale of x_T alone (paper: 1)
+    likelihood: Whole = 16            # held-out examples whose likelihood is computed
+    n_samples: Count = 64             # samples to draw (points: 100 times, series: 5)
+    classes: tuple[str, ...] = ()     # classes to draw with a noisy classifier (Eq. 49)
+    classifier_steps: Count = 1500    # training steps of the classifier
+    inpaint_N: Count = 50             # imputation steps, where part of x is known
+    inpaint_corrector: Whole = 5      # corrector steps per imputation step
+    inpaint_snr: Positive = 0.4       # corrector's ratio r in imputation
+    image: str = ""                   # file of a picture to complete
+    mask: str = ""                    # mask file: white is kept, black is completed
+    forecast: Whole = 0               # last values to hide and forecast; 0: a quarter
     # data
     dataset: str = "digits"  # digits, cifar10, ..., swiss_roll, ..., sines, csv:PATH
-    image_size: int = 0  # resize pictures to this side, >= 0; 0 keeps theirs
-    flip: bool = False  # mirror pictures at random (code: yes; never for digits)
-    dequantize: bool = True  # spread 8-bit values over their bin (code: no)
+    image_size: Whole = 0    # resize or pad pictures to this resolution; 0 keeps theirs
+    flip: bool = False       # mirror pictures at random (code: yes; never for digits)
+    dequantize: bool = True  # spread 8-bit values evenly over their bins (code: no)
     # network
-    channels: int = 32  # base width of the U-Net, >= 4 (code: 128)
-    mults: tuple[int, ...] = (1, 2)  # width of each level, >= 1 (code: 1 2 2 2)
-    blocks: int = 1  # residual blocks per level, in [1, 100] (paper: 4)
-    attention: tuple[int, ...] = (7,)  # sides with self-attention, >= 1 (code: 16)
-    heads: int = 1  # attention heads, >= 1 (code: 1)
-    groups: int = 8  # groups of each group norm, >= 1 (code: 32)
-    dropout: float = 0.0  # in the residual blocks, in [0, 1) (code: 0.1)
-    patch: int = 2  # side of the pixel blocks made channels, >= 1 (paper: none, 1)
+    channels: Count = 32                 # base width of the U-Net (code: 128)
+    mults: tuple[Count, ...] = (1, 2)    # relative width of each level (code: 1 2 2 2)
+    blocks: Count = 1                    # residual blocks per level (paper: 4)
+    attention: tuple[Count, ...] = (7,)  # resolutions with attention (code: 16)
+    heads: Count = 1                     # attention heads (code: 1)
+    groups: Count = 8                    # groups in each group norm (code: 32)
+    dropout: Fraction = 0.0              # dropout in residual blocks (code: 0.1)
+    patch: Count = 2                     # patch size of the U-Net (paper: none, 1)
     fir: bool = False  # anti-aliased resampling (paper: NCSN++ yes, DDPM++ no)
-    skip_rescale: bool = False  # residual sums times 1/sqrt(2) (paper: yes)
-    biggan: bool = False  # residual blocks that resample inside (paper: yes)
-    progressive_input: bool = False  # shrunken input at each level (paper: NCSN++ yes)
-    hidden: int = 128  # width of the MLP or SeriesNet, in [1, 4096]
-    layers: int = 4  # blocks of the MLP or SeriesNet, in [1, 100]
+    skip_rescale: bool = False           # scale residual sums by 1/sqrt(2) (paper: yes)
+    biggan: bool = False                 # resample inside residual blocks (paper: yes)
+    progressive_input: bool = False      # shrunken input per level (paper: NCSN++ yes)
+    hidden: Count = 128                  # width of the MLP or SeriesNet
+    layers: Count = 4                    # blocks of the MLP or SeriesNet
     # training
-    steps: int = 4000  # optimiser steps, >= 1 (paper: 1300000)
-    batch_size: int = 32  # examples per step, over all processes, >= 1 (paper: 128)
-    lr: float = 2e-3  # peak learning rate, > 0 (code: 2e-4)
-    warmup: int = 200  # steps until the peak learning rate, >= 0 (code: 5000)
-    decay: Literal["cosine", "constant"] = "cosine"  # how lr falls (code: constant)
-    weight_decay: float = 0.0  # of AdamW, >= 0; 0 makes it Adam (code: 0)
-    grad_clip: float = 1.0  # largest norm of the gradient, > 0 (code: 1)
-    ema: float = 0.999  # decay of the average, in [0, 1) (paper: ve 0.999, vp 0.9999)
-    preview_every: int = 1000  # steps between previews and checkpoints, >= 1
+    steps: Count = 4000          # optimiser steps (paper: 1300000)
+    batch_size: Count = 32       # batch size over all processes (paper: 128)
+    lr: Positive = 2e-3          # peak learning rate (code: 2e-4)
+    warmup: Whole = 200          # steps of learning-rate warm-up (code: 5000)
+    decay: Literal["cosine", "constant"] = "cosine"  # decay of lr (code: constant)
+    weight_decay: NonNegative = 0.0  # AdamW's weight decay; 0 gives Adam (code: 0)
+    grad_clip: Positive = 1.0    # largest norm of the gradient (code: 1)
+    ema: Fraction = 0.999        # EMA decay of the weights (paper: ve 0.999, vp 0.9999)
+    preview_every: Count = 1000  # steps between previews and checkpoints
+
+
+# these may change after training
+SAMPLING = (
+    "sampler", "N", "predictor", "corrector_steps", "snr", "tolerance", "denoise",
+    "clip_x0", "std_floor", "temperature", "likelihood", "n_samples", "classes",
+    "classifier_steps", "inpaint_N", "inpaint_corrector", "inpaint_snr", "image",
+    "mask", "forecast")
 
 
 PLANE = Config(
@@ -214,7 +222,7 @@ class VESDE(SDE):
 
     def __init__(self, sigma_min=0.01, sigma_max=50.0):
         if sigma_min >= sigma_max:
-            raise ValueError(
+            raise Mistake(
                 f"sigma_min {sigma_min}: must be below --sigma_max {sigma_max}")
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.prior_std = sigma_max
@@ -258,9 +266,9 @@ class VPSDE(SDE):
 
     def __init__(self, beta_min=0.1, beta_max=20.0, kind="linear", cap=100.0):
         if kind not in ("linear", "cosine"):
-            raise ValueError(f"beta {kind}: must be one of linear, cosine")
+            raise Mistake(f"beta {kind}: must be one of linear, cosine")
         if beta_min >= beta_max:
-            raise ValueError(
+            raise Mistake(
                 f"beta_min {beta_min}: must be below --beta_max {beta_max}")
         self.beta_min, self.beta_max = beta_min, beta_max
         self.kind, self.cap = kind, cap
@@ -314,8 +322,8 @@ class SubVPSDE(VPSDE):
         return self.beta(t) * -torch.expm1(-2 * self.B(t))  # [SDE] Eq. 12: g^2
 
     def ancestral_variance(self, s, t):
-        raise ValueError("sampler ancestral: is for VESDE and VPSDE, must be one of "
-                         f"{', '.join(self.samplers)}")
+        raise Mistake("sampler ancestral: is for VESDE and VPSDE, must be one of "
+                      f"{', '.join(self.samplers)}")
 
 
 @cache  # a corrector asks again, and every batch walks the same grid
@@ -548,6 +556,41 @@ def predictor_corrector(score, sde, shape, steps, snr=0.16, corrector_steps=1,
 # %% 3b. The probability-flow ODE: sampling, codes, likelihood (Sec. 4.3, App. D)
 
 
+def solve(velocity, state, t, s, tolerance):
+    """d state/dt = velocity(state, t) by scipy's adaptive RK45: yields (t, state) to s.
+
+    state: a tuple of tensors, and so are velocity's answers. tolerance: both relative
+    and absolute. FloatingPointError where the solver gives up.
+    """
+    from scipy.integrate import RK45
+
+    sizes = [part.numel() for part in state]
+
+    def pack(parts):
+        flat = [part.detach().cpu().double().ravel() for part in parts]
+        return torch.cat(flat).numpy()
+
+    def unpack(flat):
+        return tuple(part.to(like.dtype).to(like.device).view_as(like) for part, like
+                     in zip(torch.from_numpy(flat).split(sizes), state, strict=True))
+
+    def slope(u, flat):
+        u = min(max(u, min(t, s)), max(t, s))  # scipy 1.11 looks beyond the ends
+        found = pack(velocity(unpack(flat), float(u)))
+        if not np.isfinite(found).all():  # the solver would never end
+            raise FloatingPointError(f"the ODE solver stopped at t = {u:g}: nan or inf")
+        return found
+
+    solver = RK45(slope, t, pack(state), s, rtol=tolerance, atol=tolerance)
+    yield t, state
+    while solver.status == "running":
+        failure = solver.step()
+        yield solver.t, unpack(solver.y)
+    if solver.status == "failed":
+        reason = f"the ODE solver stopped at t = {solver.t:g}: {failure}"
+        raise FloatingPointError(reason)
+
+
 def flow_drift(score, sde, x, t):
     """dx/dt of the probability-flow ODE; t: float. Source: [SDE] Eq. 13."""
     drift, g = sde.sde(x, at(t, x))
@@ -765,6 +808,8 @@ def zero_init(layer):
 
 class ResBlock(nn.Module):
     """Two convolutions and the time. (B, c_in, H, W) -> (B, c_out, H, W)."""
+
+    recompute = True  # --grad_checkpointing computes its activations again
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -1020,6 +1065,8 @@ class ScoreMLP(nn.Module):
 class DilatedBlock(nn.Module):
     """A dilated and a plain convolution, and the time. (B, C, 1, L) -> the same."""
 
+    recompute = True  # --grad_checkpointing computes its activations again
+
     def __init__(self, channels, dilation, time_dim):
         super().__init__()
         self.time = nn.Linear(time_dim, channels)
@@ -1088,7 +1135,9 @@ class NoisyClassifier(nn.Module):
         h = self.down(self.block1(h, emb))
         h = self.block3(self.attention(self.block2(h, emb)), emb)
         h = F.silu(self.norm_out(h))
-        H, W = h.shape[2:]  # to 2 x 2, by what MPS can do with an odd side as well
+        H, W = (max(2, size) for size in h.shape[2:])
+        h = F.interpolate(h, (H, W))  # of a 4 x 4 image a single pixel is left
+        # to 2 x 2, by what MPS can do with odd sizes, too
         h = F.avg_pool2d(h, ((H + 1) // 2, (W + 1) // 2), (H // 2, W // 2))
         return self.out(h.flatten(1))
 
@@ -1128,6 +1177,15 @@ class EMA:
             buffer.copy_(other)  # buffers are not averaged
 
 
+def set_learning_rate(optimizer, cfg, step):
+    """A linear warm-up to cfg.lr, then as cfg.decay says. step: 0..cfg.steps - 1."""
+    lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
+    if cfg.decay == "cosine":
+        lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def train(cfg, run, data):
     """Train on data.train; returns the averaged network in eval mode. [SDE] Eq. 7."""
     sde = make_sde(cfg)
@@ -1141,19 +1199,23 @@ def train(cfg, run, data):
                                   weight_decay=cfg.weight_decay)
     images = len(data.shape) == 3
 
-    def preview(step):
-        figure_preview(run, ema.model, sde, data, step)
-
-    # run.training sets the learning rate, logs, saves, resumes: common/runs.py
-    for step in run.training(cfg.steps, model, optimizer, preview, ema=ema.model):
-        x0, _ = run.batch(data, cfg.batch_size, cfg.flip)
+    # run.steps: progress bar, checkpoints, resume, Ctrl-C (common/run.py)
+    for step in run.steps(cfg.steps, model=model, ema=ema.model, optimizer=optimizer):
+        set_learning_rate(optimizer, cfg, step)
+        x0, _ = run.batch(data.train)
         if cfg.dequantize and images:
             x0 = dequantize(x0)
-        loss = score_loss(model, sde, x0, cfg.weighting)  # [SDE] Eq. 7, t drawn there
+        with run.autocast():
+            loss = score_loss(model, sde, x0, cfg.weighting)  # [SDE] Eq. 7
         optimizer.zero_grad()
-        run.backward(loss, optimizer, cfg.grad_clip)
+        loss.backward()
+        run.average_gradients(model)  # over several processes
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         ema.update(model, step)
+        run.log(loss=loss, grad_norm=norm)
+        if run.main and (step + 1) % cfg.preview_every == 0:
+            figure_preview(run, ema.model, sde, data, step + 1)
     return ema.model
 
 
@@ -1174,18 +1236,24 @@ def train_classifier(cfg, run, sde, data):
 
     def fit(network):
         optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0.05)
-        for _ in run.training(cfg.classifier_steps, network, optimizer,
-                              name="classifier", keep=False):
-            x0, y = run.batch(data, 64, cfg.flip)
+        rate = replace(cfg, lr=3e-3, steps=cfg.classifier_steps)
+        for step in run.steps(cfg.classifier_steps, "classifier", save=False,
+                              classifier=network, optimizer=optimizer):
+            set_learning_rate(optimizer, rate, step)
+            x0, y = run.batch(data.train, data.train_labels, size=64)
             shift = tuple(torch.randint(-2, 3, (2,)).tolist())
             x0 = torch.roll(x0, shift, dims=(2, 3))  # for [ADM]'s random crops
             t = draw_times(sde, len(x0))[0].to(x0)
             mean, std = sde.marginal(x0, t)
             xt = mean + std * torch.randn_like(x0)
-            loss = F.cross_entropy(logits(network, xt, t), y)
+            with run.autocast():
+                loss = F.cross_entropy(logits(network, xt, t), y)
             optimizer.zero_grad()
-            run.backward(loss, optimizer, clip=1.0)
+            loss.backward()
+            run.average_gradients(network)
+            norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
+            run.log(loss=loss, grad_norm=norm)
         return not run.stopped
 
     constants = sorted((k, v) for k, v in vars(sde).items() if k != "device")
@@ -1238,7 +1306,7 @@ def make_methods(cfg, sde):
     return {name: replace(cfg, **how) for name, how in found.items()}
 
 
-@plotting.figure
+@plotting.figure("sdes.png")
 def figure_sdes(run, cfg):
     """sdes.png: mean, variance and signal-to-noise ratio of the three SDEs."""
     sdes = make_sdes(cfg)
@@ -1255,7 +1323,7 @@ def figure_sdes(run, cfg):
          "title": r"signal to noise, $\log\,m^2 / std^2$"}])
 
 
-@plotting.figure
+@plotting.figure("loss.png")
 def figure_loss(run, model, sde, data):
     """loss.png: the training loss, and the held-out loss by t."""
     x0 = data.test[:200]
@@ -1270,7 +1338,7 @@ def figure_loss(run, model, sde, data):
         plotting.loss_by_t(loss, edges, "held-out loss by t")])
 
 
-@plotting.figure
+@plotting.figure("preview.png")
 def figure_preview(run, model, sde, data, step):
     """preview.png: x0_hat of held-out x_t at a few t: one network call, no sampling."""
     x0 = data.test[:1000 if len(data.shape) == 1 else 6]
@@ -1295,7 +1363,7 @@ def shown(sde, x, t):
     return x / math.sqrt(sde.m(t).item() ** 2 + sde.std(t).item() ** 2)
 
 
-@plotting.figure
+@plotting.figure("denoising.gif")
 def figure_denoising(run, score, sde, states):
     """denoising.gif: x_t above x0_hat, on the way from noise to pictures."""
     frames, captions = [], []
@@ -1306,7 +1374,7 @@ def figure_denoising(run, score, sde, states):
     plotting.gif(run.path("denoising.gif"), frames, 8, captions)
 
 
-@plotting.figure
+@plotting.figure("samplers.png")
 def figure_samplers(run, cfg, model, score, sde, shape, scores):
     """samplers.png: one row a sampler, in about 200 network calls.
 
@@ -1318,9 +1386,9 @@ def figure_samplers(run, cfg, model, score, sde, shape, scores):
     for name, its_cfg in make_methods(cfg, sde).items():
         if its_cfg.sampler == "rk4":
             continue
-        with Meter(model, run.device) as meter:
+        with counted(model) as calls:
             rows.append(last(process(its_cfg, score, sde, xT, min(200, cfg.N))))
-        label = f"{name}\n{meter.calls} calls"
+        label = f"{name}\n{len(calls)} calls"
         if "legible" in scores.get(name, {}):
             label += f", {scores[name]['legible']:.0%} legible"
         labels.append(label)
@@ -1347,14 +1415,14 @@ def measure_samplers(run, cfg, model, sde, data, states):
             draw = partial(states, cfg=its_cfg, calls=200)
             try:
                 scores[by][name] = run.quality(draw, model, 200, data)
-            except FloatingPointError as problem:  # the others may do better
+            except Mistake as problem:  # the other samplers may do better
                 run.say(f"{by}, {name}: {problem}")
             run.add_metrics(**{f"evaluation_by_{by}": scores[by]})
     figure_table(run.path("table1.png"), scores)
     return scores["samplers"]
 
 
-@plotting.figure
+@plotting.figure("table1.png")
 def figure_table(path, scores):
     """table1.png: predictors, with and without the corrector; r; RK45's tolerance.
 
@@ -1367,7 +1435,8 @@ def figure_table(path, scores):
     alone = [name.removesuffix(", corrector") for name in both if "," in name]
     for title, names in (("predictor alone", alone), ("with a corrector", both)):
         words = [name.removesuffix(", corrector").replace(" ", "\n") for name in names]
-        parts.append({"bars": (words, [of[name] for name in names]), "title": title,
+        bars = [of.get(name, math.nan) for name in names]  # one may have diverged
+        parts.append({"bars": (words, bars), "title": title,
                       "yscale": "log", "ylim": (1, 3 * max(of.values()))})
     calls = [row["network_calls"] for row in scores["tolerance"].values()]
     least, most = min(scores["tolerance"]), max(scores["tolerance"])
@@ -1383,7 +1452,7 @@ def figure_table(path, scores):
     plotting.curves(path, parts, f"{n} samples per point")
 
 
-@plotting.figure
+@plotting.figure("guardrails.png")
 def figure_guardrails(run, cfg, model, sde, shape):
     """guardrails.png: few steps, with the noise of the last one, and with no clamp."""
     xT = sde.prior_sampling((10, *shape))
@@ -1401,7 +1470,7 @@ def figure_guardrails(run, cfg, model, sde, shape):
                    f"Euler–Maruyama in {few.N} steps, each column one noise", labels)
 
 
-@plotting.figure
+@plotting.figure("inpainting.png")
 def figure_inpainting(run, cfg, score, sde, data, image=None, mask=None):
     """inpainting.png: pictures, what is known of them, three completions, the truth.
 
@@ -1438,11 +1507,11 @@ def measure_completions(run, cfg, score, sde, data):
     x, found = data.test[:min(100, run.opts.evaluate)], {}
     for name, mask in make_masks(*data.shape[1:]).items():
         completed = complete(cfg, score, sde, x, mask.to(x.device))
-        found[name] = metrics.glance(completed, data)
-    run.add_metrics(completions=found | {"held_out": metrics.glance(x, data)})
+        found[name] = quality.glance(completed, data)
+    run.add_metrics(completions=found | {"held_out": quality.glance(x, data)})
 
 
-@plotting.figure
+@plotting.figure("colorization.png")
 def figure_colorization(run, cfg, score, sde, data):
     """colorization.png: grey, colourings, the truth; of pictures in colour."""
     x, how = data.test[:8], {
@@ -1455,7 +1524,7 @@ def figure_colorization(run, cfg, score, sde, data):
                    ["grey", "coloured", "again", "again", "truth"])
 
 
-@plotting.figure
+@plotting.figure("classes.png")
 def figure_classes(run, cfg, score, sde, data, classifier):
     """classes.png: the classes asked for, by every sampler with [SDE] Eq. 49."""
     labels = [data.classes.index(c) for c in cfg.classes]
@@ -1467,7 +1536,7 @@ def figure_classes(run, cfg, score, sde, data, classifier):
             last(process(its_cfg, conditional_score(score, classifier, part), sde,
                          sde.prior_sampling((len(part), *data.shape)), min(200, cfg.N)))
             for part in y.split(100)])
-        found[name] = metrics.glance(x, data, y)
+        found[name] = quality.glance(x, data, y)
         rows.append(x[:len(labels)])
         as_asked = found[name].get("accuracy")
         names.append(name if as_asked is None else
@@ -1477,7 +1546,7 @@ def figure_classes(run, cfg, score, sde, data, classifier):
     run.add_metrics(classes=found)
 
 
-@plotting.figure
+@plotting.figure("codes.png")
 def figure_codes(run, cfg, score, sde, data):
     """codes.png: pictures through their codes, a walk between codes, temperatures."""
     x = data.test[:8]
@@ -1496,7 +1565,7 @@ def figure_codes(run, cfg, score, sde, data):
     run.add_metrics(code_error=(back - x).pow(2).mean().sqrt().item())
 
 
-@plotting.figure
+@plotting.figure("scores.png")
 def figure_fields(run, score, sde, data):
     """scores.png: the score at four t, chosen by the size of the noise."""
     line, parts, x0 = torch.linspace(-2.2, 2.2, 22), [], data.test[:1500]
@@ -1524,7 +1593,7 @@ def mixture_1d(sde, centres=(-1.0, 0.6), std=0.15):
     return log_p
 
 
-@plotting.figure
+@plotting.figure("paths.png")
 def figure_paths(run, sde, steps=500):
     """paths.png: [SDE] Fig. 2. p_t of a mixture on the line, and ways back from p_T.
 
@@ -1555,7 +1624,7 @@ def figure_paths(run, sde, steps=500):
                   "From the same starts at T to the data at 0, over p_t")
 
 
-@plotting.figure
+@plotting.figure("denoising.gif")
 def figure_walk(run, score, sde, shape, steps=400):
     """denoising.gif: points or series on their way by the reverse SDE."""
     states = sde_process(em_step, score, sde, sde.prior_sampling(shape), steps)
@@ -1564,7 +1633,7 @@ def figure_walk(run, score, sde, shape, steps=400):
                   [f"t = {t:.2f}" for t, _ in frames])
 
 
-@plotting.figure
+@plotting.figure("density.png")
 def figure_density(run, cfg, score, sde, data, side=70, limit=2.1):
     """density.png: the model's density by the ODE's likelihood beside the true one."""
     line = torch.linspace(-limit, limit, side)
@@ -1596,7 +1665,7 @@ def unknown_parts(cfg, length):
             "gap": (t < start) | (t >= start + horizon)}
 
 
-@plotting.figure
+@plotting.figure("forecast.png")
 def figure_forecast(run, cfg, score, sde, data):
     """forecast.png: fans of futures and of fillings over the truth, held-out series.
 
@@ -1617,13 +1686,13 @@ def figure_forecast(run, cfg, score, sde, data):
     run.add_metrics(bands_of_80_percent_hold=found | {"series": len(x)})
 
 
-@plotting.figure
+@plotting.figure("series.png")
 def figure_series(run, data, samples):
     """series.png: spectrum and autocorrelation of samples and of the data."""
     both = {"samples": (samples, "-"), "data": (data.train, "k--")}
     spectra, correlations = {}, {}
     for name, (x, style) in both.items():
-        power, correlation = metrics.spectrum(x), metrics.autocorrelation(x)
+        power, correlation = quality.spectrum(x), quality.autocorrelation(x)
         spectra[name] = range(len(power)), power, style
         correlations[f"_{name}"] = range(len(correlation)), correlation, style
     plotting.curves(run.path("series.png"), [
@@ -1634,18 +1703,18 @@ def figure_series(run, data, samples):
     splits = [data.train[torch.randperm(2 * half) % n].split(half) for _ in range(10)]
     run.add_metrics(samples={
         "n": len(samples),
-        "spectral_distance_db": metrics.spectral_distance(samples, data.train),
+        "spectral_distance_db": quality.spectral_distance(samples, data.train),
         "spectral_distance_db_of_halves": float(np.mean(
-            [metrics.spectral_distance(a, b) for a, b in splits]))})
+            [quality.spectral_distance(a, b) for a, b in splits]))})
 
 
 def measure_points(run, cfg, score, sde, data, samples):
     """Energy distance of samples and of fresh data to the data; the likelihood."""
     draws = [torch.randperm(len(data.test))[:2000].split(1000) for _ in range(10)]
     picks = [torch.randperm(len(samples))[:1000] for _ in range(10)]
-    of_model = [metrics.energy_distance(samples[i], data.test[a])
+    of_model = [quality.energy_distance(samples[i], data.test[a])
                 for i, (a, _) in zip(picks, draws, strict=True)]
-    of_data = [metrics.energy_distance(data.test[a], data.test[b]) for a, b in draws]
+    of_data = [quality.energy_distance(data.test[a], data.test[b]) for a, b in draws]
     run.add_metrics(samples={"energy_distance": float(np.mean(of_model)),
                              "energy_distance_of_data": float(np.mean(of_data))})
     if cfg.likelihood:
@@ -1670,36 +1739,36 @@ def measure_bits(run, cfg, model, sde, data):
 
 
 def check_data(run, cfg, sde, data):
-    """ValueError where cfg asks for what this data or this SDE does not have."""
+    """Mistake where cfg asks for what this data or this SDE does not have."""
     kind = {1: "points", 2: "series", 3: "images"}[len(data.shape)]
     only = {"flip": "images", "dequantize": "images", "image_size": "images",
             "image": "images", "mask": "images", "classes": "images",
             "forecast": "series"}
     for name, owner in only.items():
         if kind != owner and run.opts.given.get(name):
-            raise ValueError(f"{name}: --dataset {cfg.dataset} holds no {owner}")
+            raise Mistake(f"{name} needs {owner}: --dataset {cfg.dataset} has none")
     if cfg.sampler not in sde.samplers:
-        raise ValueError(f"sampler {cfg.sampler}: must be one of "
-                         f"{', '.join(sde.samplers)} with --sde {cfg.sde}")
+        raise Mistake(f"sampler {cfg.sampler}: must be one of "
+                      f"{', '.join(sde.samplers)} with --sde {cfg.sde}")
     if cfg.predictor == "ancestral" and "ancestral" not in sde.samplers:
-        raise ValueError("predictor ancestral: must be reverse, flow or none with "
-                         f"--sde {cfg.sde}")
+        raise Mistake("predictor ancestral: must be reverse, flow or none with "
+                      f"--sde {cfg.sde}")
     if cfg.predictor == "none":
         for name in ("corrector_steps", "inpaint_corrector"):
             if not getattr(cfg, name):
-                raise ValueError(f"{name} 0: must be >= 1 with --predictor none")
+                raise Mistake(f"{name} 0: must be at least 1 with --predictor none")
     if kind == "series" and cfg.forecast >= data.shape[1]:
-        raise ValueError(f"forecast {cfg.forecast}: must be below {data.shape[1]}, the "
-                         "length of the series")
+        raise Mistake(f"forecast {cfg.forecast}: must be below {data.shape[1]}, the "
+                      "length of the series")
     for c in cfg.classes:
         if data.train_labels is None:
-            raise ValueError(f"classes {c}: --dataset {cfg.dataset} has no labels")
+            raise Mistake(f"classes {c}: --dataset {cfg.dataset} has no labels")
         if c not in data.classes:
-            raise ValueError(f"classes {c}: must be one of "
-                             f"{', '.join(data.classes[:20])}")
+            raise Mistake(f"classes {c}: must be one of "
+                          f"{', '.join(data.classes[:20])}")
     if run.opts.given.get("likelihood") and kind != "points" and not is_8bit(data.test):
-        raise ValueError(f"likelihood {cfg.likelihood}: --dataset {cfg.dataset} at "
-                         "this size must be 8-bit images or points")
+        raise Mistake(f"likelihood {cfg.likelihood}: --dataset {cfg.dataset} must be "
+                      "points, or images of 8 bits at this resolution")
     if kind == "images":
         read_question(cfg.image, cfg.mask, data.shape)
 
@@ -1723,7 +1792,7 @@ def show_series(run, cfg, score, sde, data, samples):
 
 def show_images(run, cfg, model, score, sde, data, samples, states, classifier):
     """The figures and numbers of images."""
-    run.add_metrics(samples=metrics.glance(samples, data))
+    run.add_metrics(samples=quality.glance(samples, data))
     plotting.neighbours(run.path("neighbours.png"), samples, data)
     figure_denoising(run, score, sde, states(range(8)))
     figure_guardrails(run, cfg, model, sde, data.shape)
@@ -1746,7 +1815,7 @@ def show_images(run, cfg, model, score, sde, data, samples, states, classifier):
 @command_line
 def main(argv=None):
     """Train, or load what was trained; draw; measure."""
-    cfg, run = open_run("score_based", Config, PRESETS, argv)
+    cfg, run = open_run("score_based", Config, PRESETS, SAMPLING, argv)
     data = run.load(load_data(cfg.dataset, cfg.image_size))
     sde, kind = make_sde(cfg).to(run.device), len(data.shape)
     check_data(run, cfg, sde, data)

@@ -7,20 +7,21 @@ import csv
 import difflib
 import gzip
 import hashlib
+import io
 import os
 import re
+import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .cli import check_memory, fail, say
-from .pictures import read_folder
+from .cli import Mistake, say, write_whole
+from .device import first_process_first
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "data"
@@ -34,7 +35,7 @@ SERIES_NAMES = (*SERIES, "csv:PATH")
 
 @dataclass(eq=False)  # two sets are the same where they are one object
 class Data:
-    """A dataset split in two: images, points in the plane or series.
+    """A dataset in two parts: images, points in the plane or series.
 
     train, test: (N, C, H, W) images, (N, 2) points or (N, 1, L) series.
     train_labels, test_labels: (N,) int64, or None where the data has no classes.
@@ -68,17 +69,16 @@ class Data:
         return self.offset + self.unit * x
 
     def rescale(self, offset, unit):
-        """The same series in the unit of a network trained on other numbers."""
+        """The series in the unit of a network that was trained on other numbers."""
         train, test = (x * (self.unit / unit) + (self.offset - offset) / unit
                        for x in (self.train, self.test))
-        changed = {"train": train, "test": test, "offset": offset, "unit": unit}
-        return Data(**{**vars(self), **changed})
+        return replace(self, train=train, test=test, offset=offset, unit=unit)
 
     def to(self, device):
         """The same data on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items()
-                 if isinstance(value, torch.Tensor)}
-        return Data(**{**vars(self), **moved})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in values.items()
+                                if isinstance(value, torch.Tensor)})
 
 
 def load_data(name, size=0):
@@ -89,35 +89,292 @@ def load_data(name, size=0):
     return load_points(name) if name in POINTS else load_images(name, size)
 
 
+def _check_name(name, allowed):
+    """Raise Mistake where a name is none of `allowed`, with the nearest that is."""
+    head, colon, path = name.partition(":")
+    if (f"{head}:PATH" if colon else name) in allowed and (path or not colon):
+        return
+    known = {each.partition(":")[0]: each
+             for each in (*IMAGE_NAMES, *POINTS, *SERIES_NAMES)}
+    near = difflib.get_close_matches(head.lower().replace("-", "_"), known, 1)
+    hint = f"; the nearest is {known[near[0]]}" if near else ""
+    if os.path.isdir(os.path.expanduser(name)):
+        hint = f"; that folder is folder:{name}"
+    elif near and known[near[0]] not in allowed:
+        hint += ", which score_based_diffusion_example.py takes"
+    raise Mistake(f"dataset {name}: must be one of {', '.join(allowed)}{hint}")
+
+
+# Images
+
+
 def load_images(name, size=0):
     """Image dataset by name (IMAGE_NAMES): a Data of (N, C, H, W), resized if size.
 
     The bundled names need no network, the others are downloaded where CACHE lacks them.
     folder:PATH is (N, 3, size, size), size 32 if 0, without labels where the pictures
     lie loose, else with one class for each subfolder; what is left out is printed.
-    A mistake ends the program with one line.
     """
     _check_name(name, IMAGE_NAMES)
     if name.startswith("folder:"):
-        return _own(name, *read_folder(name[len("folder:") :], size or 32))
-    if name == "digits":
-        data = _split(name, *_digits())
-    elif name == "digits8":
+        pixels, y, classes = read_folder(name[len("folder:"):], size or 32)
+        x, (test, train) = to_unit(pixels), _hold_out(y)
+        labels = (y[train], y[test], classes) if classes else ()
+        return Data(name, x[train], x[test], *labels)
+    if name in DOWNLOADED:
+        with first_process_first():
+            data = _downloaded(name)
+    else:
+        data = _bundled(name)
+    if size and size != data.train.shape[-1]:
+        data.train, data.test = _fit(data.train, size), _fit(data.test, size)
+    return data
+
+
+def _bundled(name):
+    """digits, digits8 or color_digits, with the split that is stored beside them.
+
+    A tenth is held out, as many of each class.
+    """
+    stored = np.load(Path(__file__).parent / "assets" / "mnist_5k.npz")
+    if name == "digits8":
         from sklearn.datasets import load_digits
 
         raw = load_digits()
         x = torch.from_numpy(raw.images).float()[:, None] / 8 - 1
-        data = _split(name, x, torch.from_numpy(raw.target).long())
-    elif name == "color_digits":
-        x, y = _digits()
-        data = _split(name, _colour(x), y)
+        y = torch.from_numpy(raw.target).long()
+        parts = "train_digits8", "test_digits8"
     else:
-        data = _downloaded(name)
-    if size and size != data.train.shape[-1]:
-        numbers = (len(data.train) + len(data.test)) * data.shape[0] * size**2
-        check_memory("image_size", size, numbers)
-        data.train, data.test = _fit(data.train, size), _fit(data.test, size)
-    return data
+        x = to_unit(torch.from_numpy(stored["x"])[:, None])
+        y, parts = torch.from_numpy(stored["y"]), ("train", "test")
+        x = _colour(x) if name == "color_digits" else x
+    train, test = (torch.from_numpy(stored[part].astype(np.int64)) for part in parts)
+    return Data(name, x[train], x[test], y[train], y[test], tuple("0123456789"))
+
+
+def to_unit(pixels):
+    """8-bit pixels 0..255 -> float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def _colour(x):
+    """Digits, each in one random colour on a dark random ground.
+
+    x: (N, 1, 28, 28) -> (N, 3, 32, 32), both in [-1, 1].
+    """
+    generator = torch.Generator().manual_seed(0)
+    ink = 0.55 + 0.45 * torch.rand(len(x), 3, 1, 1, generator=generator)
+    bright = torch.rand(len(x), 3, 1, 1, generator=generator) > 0.35
+    ink = ink * bright.float().clamp(min=0.15)
+    ground = 0.25 * torch.rand(len(x), 3, 1, 1, generator=generator)
+    mask = F.pad(x, (2, 2, 2, 2), value=-1.0) / 2 + 0.5
+    return 2 * (mask * ink + (1 - mask) * ground) - 1
+
+
+def _fit(x, size):
+    """Square images to size x size, edge-padded where they grow by a little."""
+    gap = size - x.shape[-1]
+    if 0 < gap <= x.shape[-1] // 4:
+        before, after = gap // 2, gap - gap // 2
+        return F.pad(x, (before, after, before, after), mode="replicate")
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+
+
+def _downloaded(name):
+    """mnist, fashion_mnist or cifar10 by torchvision, which keeps them in CACHE."""
+    word = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+    folder, files = CACHE, ["cifar-10-python.tar.gz"]
+    if name != "cifar10":
+        folder = CACHE / word[name] / "raw"
+        files = [f"{part}-{what}-ubyte.gz" for part in ("train", "t10k")
+                 for what in ("images-idx3", "labels-idx1")]
+        _unpack(name, [folder / file for file in files])
+    x, y = [], []
+    for train in (True, False):
+        try:
+            from torchvision import datasets
+
+            raw = getattr(datasets, word[name])(CACHE, train=train, download=True)
+            pixels = torch.as_tensor(np.asarray(raw.data))
+        except (AssertionError, ImportError, OSError, RuntimeError, ValueError,
+                HTTPException) as problem:
+            reason = (str(problem).strip() or type(problem).__name__).splitlines()[-1]
+            raise Mistake(
+                f"dataset {name}: neither whole in {folder} nor downloaded ({reason}); "
+                f"put {', '.join(files)} there by hand, or take one that needs no "
+                f"network: {', '.join(OFFLINE)}, folder:PATH") from None
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        x.append(to_unit(pixels))
+        y.append(torch.as_tensor(raw.targets).long())
+    return Data(name, *x, *y, tuple(map(str, raw.classes)))
+
+
+def _unpack(name, files):
+    """Unpack .gz files: torchvision takes only those with the checksums it knows."""
+    for file in filter(Path.exists, files):
+        unpacked = file.with_suffix("")
+        try:
+            packed = file.read_bytes()
+            size = int.from_bytes(packed[-4:], "little")  # a .gz ends with it
+            if not unpacked.exists() or unpacked.stat().st_size != size:
+                write_whole(unpacked, gzip.decompress(packed))
+        except (OSError, EOFError, zlib.error) as problem:
+            raise Mistake(f"dataset {name}: {file} cannot be unpacked ({problem}); "
+                          "without it, it is downloaded again") from None
+
+
+def _hold_out(y):
+    """Indices of (test, train) for labels y (N,): a tenth of each class, 1 at least.
+
+    The last picture of a class is held out only where no class has two.
+    """
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    share = torch.empty(len(y))
+    for label in y.unique():
+        own = order[y[order] == label]
+        share[own] = torch.arange(1, len(own) + 1) / len(own)
+    order = order[share[order].argsort(stable=True)]
+    return order.tensor_split([max(1, len(y) // 10)])
+
+
+# A person's own pictures
+
+
+def read_folder(path, size):
+    """Pictures of a folder, resized and centre-cropped; subfolders are classes.
+
+    Returns uint8 pixels (N, 3, size, size), labels (N,) and the names of the classes,
+    () where the pictures lie loose. A line says what is left out.
+    """
+    path = Path(os.path.expanduser(path))
+    try:
+        entries = sorted(path.iterdir())
+        files = [file for entry in entries if _visible(entry.name)
+                 for file in (sorted(entry.rglob("*")) if entry.is_dir() else [entry])
+                 if file.is_file() and all(map(_visible, file.relative_to(path).parts))]
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise Mistake(f"dataset folder:{path}: cannot be read ({reason})") from None
+    pictures, skipped = {}, []
+    for file in files:
+        try:
+            pictures[file] = read_picture(file, size)
+        except Exception:  # Pillow's decoders raise errors of many kinds
+            skipped.append(file)
+    _report(path, "files skipped, no readable pictures", skipped)
+    names = {file: parts[0] if len(parts := file.relative_to(path).parts) > 1 else ""
+             for file in pictures}
+    classes = tuple(sorted(set(names.values()) - {""}))
+    if classes:
+        _report(path, "pictures beside the class folders left out",
+                [file for file in pictures if not names[file]])
+        _report(path, "class folders without pictures left out",
+                [entry for entry in entries if entry.is_dir() and _visible(entry.name)
+                 and entry.name not in classes])
+        pictures = {file: x for file, x in pictures.items() if names[file]}
+    if len(pictures) < 2:
+        raise Mistake(f"dataset folder:{path}: needs at least 2 pictures that Pillow "
+                      f"can open (.png, .jpg, ...), found {len(pictures)}")
+    y = torch.tensor([classes.index(names[f]) if classes else 0 for f in pictures])
+    return torch.stack(list(pictures.values())), y, classes
+
+
+def _visible(name):
+    """Whether a file or folder is one that its owner sees."""
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _report(path, what, files):
+    """Say how many files of a folder are left out, and the first three."""
+    if files:
+        names = ", ".join(str(file.relative_to(path)) for file in files[:3])
+        names = names.encode(errors="replace").decode()  # bytes that are no UTF-8
+        more = ", ..." if len(files) > 3 else ""
+        say(f"folder:{path}: {what} ({len(files)}): {names}{more}")
+
+
+def read_picture(file, size):
+    """A picture file as uint8 (3, size, size); errors as Pillow raises them.
+
+    Turned as its EXIF data says, on white where it is transparent, centre-cropped.
+    """
+    from PIL import Image, ImageOps
+
+    picture = _open(file)
+    if picture.mode[-1] in "Aa" or "transparency" in picture.info:
+        above = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
+    fitted = ImageOps.fit(picture.convert("RGB"), (size, size), Image.BILINEAR)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+
+
+def _open(file):
+    """A picture as Pillow opens it, upright; grey of more than 8 bits becomes 8."""
+    from PIL import Image, ImageOps
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pictures that are read all the same
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(os.path.expanduser(file)) as opened:
+            picture = ImageOps.exif_transpose(opened)
+    if picture.mode[0] in "IF":  # convert() would clip them at 255
+        pixels = np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
+        low, high = 0, 65535
+        if picture.mode == "F" or pixels.min() < low or pixels.max() > high:
+            low, high = pixels.min(), pixels.max()
+        scaled = (pixels - low) / (high - low or 1) * 255
+        picture = Image.fromarray(scaled.round().astype(np.uint8))
+    return picture
+
+
+def read_question(image, mask, shape):
+    """A person's picture, (1, C, H, W) in [-1, 1], and what of it is known, or Nones.
+
+    image, mask: files, "" for none; shape: (C, H, W), to which both are resized and
+    cropped. The mask, (1, 1, H, W) bool, is as large as the picture, or as H and W, and
+    known where it is white.
+    """
+    from PIL import Image, ImageOps
+
+    (C, H, W), x, known, size = shape, None, None, shape[:0:-1]
+
+    def read(flag, file, how):
+        try:
+            return how(file)
+        except Exception as problem:  # Pillow's decoders raise errors of many kinds
+            reason = getattr(problem, "strerror", None) or str(problem).split("\n")[0]
+            raise Mistake(f"{flag} {file}: cannot be read as a picture ({reason})") \
+                from None
+
+    if image:
+        size = read("image", image, _open).size
+        x = to_unit(read("image", image, lambda file: read_picture(file, W)))[None]
+        x = x if C == 3 else x.mean(1, keepdim=True)
+    if mask:
+        white = read("mask", mask, _open).convert("L")
+        if white.size != tuple(size):
+            raise Mistake(f"mask {mask}: is {white.width} x {white.height} pixels, "
+                          f"must be {size[0]} x {size[1]} like the picture")
+        white = ImageOps.fit(white, (W, H), Image.NEAREST)
+        known = torch.from_numpy(np.array(white) >= 128)[None, None]
+        if known.all() or not known.any():
+            colour = "white" if known.all() else "black"
+            raise Mistake(f"mask {mask}: is {colour} all over, at {W} x {H} pixels; it "
+                          "must be white where the picture is known and black where it "
+                          "is to be completed")
+    return x, known
+
+
+def make_masks(H, W):
+    """{name: (1, 1, H, W) bool}: where a picture is known that is to be completed."""
+    row, column = torch.arange(H).view(1, 1, H, 1), torch.arange(W).view(1, 1, 1, W)
+    box = ((row - H / 2 + 0.5).abs() < H / 4) & ((column - W / 2 + 0.5).abs() < W / 4)
+    half = (column < W / 2).expand(1, 1, H, W)
+    some = torch.rand(1, 1, H, W) < 0.3
+    return {"box": ~box, "half": half, "pixels": some, "border": box}
+
+
+# Points in the plane
 
 
 def load_points(name, n=20000, seed=0):
@@ -171,6 +428,9 @@ def point_density(name, x):
     return log_p.exp().to(x.dtype).to(x.device)  # MPS has no float64
 
 
+# Series
+
+
 def load_series(name, n=1250, length=128, seed=0):
     """1-D series (N, 1, L), of mean 0 and std 1 over all numbers of the training part.
 
@@ -194,8 +454,9 @@ def load_series(name, n=1250, length=128, seed=0):
         try:
             recorded = np.fromfile(file, np.float32).astype(float)
         except OSError as problem:
-            fail(f"--dataset {name}: {file} cannot be read ({problem.strerror}), this "
-                 "matplotlib comes without its sample data")
+            raise Mistake(f"dataset {name}: {file} cannot be read "
+                          f"({problem.strerror}), this matplotlib has no sample data") \
+                from None
         recorded = recorded[1400:7050:4]  # where it fires at an even pace
         end = len(recorded) * 4 // 5
         train, held_out = (np.lib.stride_tricks.sliding_window_view(part, length)
@@ -207,7 +468,8 @@ def load_series(name, n=1250, length=128, seed=0):
         held_out, train = (x[i.numpy()] for i in _hold_out(torch.zeros(len(x))))
     offset, unit = float(train.mean()), float(train.std())
     if unit <= 1e-9 * abs(offset) or unit < 1e-30:
-        fail(f"--dataset {name}: all numbers of its training rows are {offset:g}")
+        raise Mistake(f"dataset {name}: all numbers of its training rows are "
+                      f"{offset:g}")
     train, test = (torch.from_numpy((x - offset) / unit).float()[:, None]
                    for x in (train, held_out))
     return Data(name, train, test, offset=offset, unit=unit)
@@ -216,190 +478,57 @@ def load_series(name, n=1250, length=128, seed=0):
 def read_csv(name, path):
     """The numbers of a CSV as an array (N, L), N and L >= 2, one series a row.
 
-    With a header or without, quotes, commas or semicolons or tabs. What is not such
-    a table ends the program with one line that names the row.
+    With a header or without, quotes, commas or semicolons or tabs.
     """
+    def refuse(problem):
+        raise Mistake(f"dataset {name}: {problem}") from None
+
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = (line for line in file if line.strip())
-            head = re.sub('"[^"]*"', "", next(lines, ""))
-            mark = max(",;\t", key=head.count)
+            head = next((line for line in file if line.strip()), "")
+            mark = max(",;\t", key=re.sub('"[^"]*"', "", head).count)
             file.seek(0)
             reader = csv.reader(file, delimiter=mark)
             rows = [(reader.line_num, row) for row in reader
                     if any(map(str.strip, row))]
     except (OSError, ValueError, csv.Error) as problem:
-        fail(f"--dataset {name}: cannot be read as a CSV "
-             f"({getattr(problem, 'strerror', None) or problem})")
-    if rows and all(_number(text) is None for text in rows[0][1]):
+        refuse("cannot be read as a CSV "
+               f"({getattr(problem, 'strerror', None) or problem})")
+    if rows and all(np.isnan(_number(text)) and text.strip().lower() != "nan"
+                    for text in rows[0][1]):
         del rows[0]  # a header
     for line, row in rows:
         for cell, text in enumerate(row, 1):
-            value = _number(text)
-            if value is None or not abs(value) < 1e30:  # nor nan
-                fail(f"--dataset {name}: row {line}, number {cell} is "
-                     f"{text.strip()!r}, must be a finite number")
+            if not abs(_number(text)) < 1e30:
+                refuse(f"row {line}, number {cell} is {text.strip()!r}, must be a "
+                       "finite number")
         if len(row) != len(rows[0][1]):
-            fail(f"--dataset {name}: row {line} has {len(row)} numbers, must have "
-                 f"{len(rows[0][1])} like the first")
+            refuse(f"row {line} has {len(row)} numbers, must have {len(rows[0][1])} "
+                   "like the first")
     if len(rows) < 2 or len(rows[0][1]) < 2:
-        fail(f"--dataset {name}: holds {len(rows)} series of "
-             f"{len(rows[0][1]) if rows else 0} numbers, needs at least 2 rows of 2 "
-             "numbers, one series a row")
+        refuse(f"holds {len(rows)} series of {len(rows[0][1]) if rows else 0} numbers, "
+               "needs at least 2 rows of 2 numbers, one series a row")
     return np.array([[_number(text) for text in row] for _, row in rows])
 
 
 def _number(text):
-    """What a text says as a float, None where it is no number."""
+    """What a text says as a float; NaN where it is no number."""
     try:
         return float(text)
     except ValueError:
-        return None
+        return float("nan")
 
 
-def _check_name(name, allowed):
-    """End the program where a name is none of `allowed`, with the nearest that is."""
-    head, colon, path = name.partition(":")
-    if (f"{head}:PATH" if colon else name) in allowed:
-        if colon and not path:
-            fail(f"--dataset {name}: needs a path behind the colon, {head}:PATH")
-        return
-    known = {each.partition(":")[0]: each
-             for each in (*IMAGE_NAMES, *POINTS, *SERIES_NAMES)}
-    near = difflib.get_close_matches(head.lower().replace("-", "_"), known, 1)
-    hint = f"; the nearest is {known[near[0]]}" if near else ""
-    if os.path.isdir(os.path.expanduser(name)):
-        hint = f"; that folder is folder:{name}"
-    elif near and known[near[0]] not in allowed:
-        kinds = {"points in the plane": POINTS, "series": SERIES_NAMES}
-        kind = [kind for kind, names in kinds.items() if known[near[0]] in names]
-        hint += (f", {kind[0]}, which score_based_diffusion_example.py takes" if kind
-                 else ", which is not read here")
-    fail(f"--dataset {name}: must be one of {', '.join(allowed)}{hint}")
-
-
-def _digits():
-    """The bundled 5,000 MNIST digits: (5000, 1, 28, 28) in [-1, 1] and their labels."""
-    stored = np.load(Path(__file__).parent / "assets" / "mnist_5k.npz")
-    pixels, labels = torch.from_numpy(stored["x"]), torch.from_numpy(stored["y"])
-    return to_unit(pixels[:, None]), labels
-
-
-def to_unit(pixels):
-    """8-bit pixels 0..255 -> float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
-
-
-def _split(name, x, y):
-    """The stratified split, fixed for every script and metric: a tenth is held out."""
-    from sklearn.model_selection import train_test_split
-
-    train, test = train_test_split(
-        np.arange(len(x)), test_size=len(x) // 10, stratify=y, random_state=0)
-    classes = tuple(str(c) for c in range(int(y.max()) + 1))
-    return Data(name, x[train], x[test], y[train], y[test], classes)
-
-
-def _colour(x):
-    """Digits, each in one random colour on a dark random ground.
-
-    x: (N, 1, 28, 28) -> (N, 3, 32, 32), both in [-1, 1].
-    """
-    generator = torch.Generator().manual_seed(0)
-    ink = 0.55 + 0.45 * torch.rand(len(x), 3, 1, 1, generator=generator)
-    bright = torch.rand(len(x), 3, 1, 1, generator=generator) > 0.35
-    ink = ink * bright.float().clamp(min=0.15)
-    ground = 0.25 * torch.rand(len(x), 3, 1, 1, generator=generator)
-    mask = F.pad(x, (2, 2, 2, 2), value=-1.0) / 2 + 0.5
-    return 2 * (mask * ink + (1 - mask) * ground) - 1
-
-
-def _fit(x, size):
-    """Square images to size x size, edge-padded where they grow by a little."""
-    gap = size - x.shape[-1]
-    if 0 < gap <= x.shape[-1] // 4:
-        before, after = gap // 2, gap - gap // 2
-        return F.pad(x, (before, after, before, after), mode="replicate")
-    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-
-
-def _downloaded(name):
-    from torchvision import datasets
-
-    word = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-    folder, files = CACHE, ["cifar-10-python.tar.gz"]
-    if name != "cifar10":
-        folder = CACHE / word[name] / "raw"
-        files = [f"{part}-{what}-ubyte.gz" for part in ("train", "t10k")
-                 for what in ("images-idx3", "labels-idx1")]
-        _unpack(name, [folder / file for file in files])
-    x, y = [], []
-    for train in (True, False):
-        try:
-            raw = getattr(datasets, word[name])(CACHE, train=train, download=True)
-            pixels = torch.as_tensor(np.asarray(raw.data))
-        except (AssertionError, OSError, RuntimeError, ValueError,
-                HTTPException) as problem:
-            if getattr(problem, "filename", 0) and not isinstance(problem, URLError):
-                fail(f"--dataset {name}: {folder} cannot be read and written "
-                     f"({problem.strerror})")
-            reason = (str(problem).strip() or type(problem).__name__).splitlines()[-1]
-            fail(f"--dataset {name}: neither whole in {folder} nor downloaded "
-                 f"({reason}); put {', '.join(files)} there by hand, or take one that "
-                 f"needs no network: {', '.join(OFFLINE)}, folder:PATH")
-        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-        x.append(to_unit(pixels))
-        y.append(torch.as_tensor(raw.targets).long())
-    return Data(name, *x, *y, tuple(map(str, raw.classes)))
-
-
-def _unpack(name, files):
-    """Unpack .gz files: torchvision takes only those with the checksums it knows."""
-    for file in filter(Path.exists, files):
-        unpacked = file.with_suffix("")
-        scratch = file.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            packed = file.read_bytes()
-            size = int.from_bytes(packed[-4:], "little")  # a .gz ends with it
-            if not unpacked.exists() or unpacked.stat().st_size != size:
-                scratch.write_bytes(gzip.decompress(packed))
-                os.replace(scratch, unpacked)
-        except (OSError, EOFError, zlib.error) as problem:
-            fail(f"--dataset {name}: {file} cannot be unpacked ({problem}); "
-                 "without it, it is downloaded again")
-
-
-def _own(name, pixels, y, classes):
-    """A person's pictures as Data, without labels where there are no classes."""
-    x, (test, train) = to_unit(pixels), _hold_out(y)
-    labels = (y[train], y[test], classes) if classes else ()
-    return Data(name, x[train], x[test], *labels)
-
-
-def _hold_out(y):
-    """Indices of (test, train) for labels y (N,): a tenth of each class, 1 at least.
-
-    The last picture of a class is held out only where no class has two.
-    """
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    share = torch.empty(len(y))
-    for label in y.unique():
-        own = order[y[order] == label]
-        share[own] = torch.arange(1, len(own) + 1) / len(own)
-    order = order[share[order].argsort(stable=True)]
-    return order.tensor_split([max(1, len(y) // 10)])
-
-
-# What is kept between runs
+# Networks that are trained once and kept
 
 
 def cached(name, key, make, fit):
     """make() with the weights kept under name and key, else fitted and then kept.
 
-    They are looked for in pretrained/, which is shipped, and in data/.
-    fit(module) returns False where it was interrupted: its weights are not kept.
-    With fit=None they are never made: None where there are none.
-    A file that cannot be read is made again; one that cannot be written is forgone.
+    They are looked for in pretrained/, which is shipped, and in data/. fit(module)
+    returns False where it was interrupted: its weights are not kept. fit=None: None
+    where none are kept. A file that cannot be read is made again; one that cannot be
+    written is done without.
     """
     digest = hashlib.sha256(repr((name, key)).encode()).hexdigest()[:10]
     # A name may be a long path: a part of it for the reader, the digest is the name.
@@ -416,13 +545,11 @@ def cached(name, key, make, fit):
         return None
     module = make()
     if fit(module) is not False:
+        packed = io.BytesIO()
+        torch.save(module.state_dict(), packed)
         try:
             CACHE.mkdir(parents=True, exist_ok=True)
-            scratch = CACHE / f"{file}.{os.getpid()}.tmp"
-            with open(scratch, "wb") as stream:  # of a path, torch would keep the name
-                torch.save(module.state_dict(), stream)
-            os.replace(scratch, CACHE / file)
-        except (OSError, RuntimeError) as problem:  # the latter is torch's
-            reason = getattr(problem, "strerror", None) or "cannot be written"
-            say(f"not kept for the next run: {CACHE / file} ({reason})")
+            write_whole(CACHE / file, packed.getvalue())
+        except (OSError, Mistake) as problem:
+            say(f"not kept for the next run: {problem}")
     return module

@@ -1,8 +1,9 @@
-"""Where a run happens: CPU, CUDA or MPS; one process or several; seeds; precision."""
+"""Where a run happens: CPU, CUDA or MPS; one process or several; seeds and costs."""
 
 import atexit
 import contextlib
 import os
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -10,22 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 
-from .cli import fail
+from .cli import Mistake
 
 
 @dataclass
 class Launch:
-    """One process of a run: rank 0 writes, world is the number of processes."""
+    """One process of a run. Rank 0 writes; world is the number of processes."""
 
     device: torch.device
     rank: int = 0
     world: int = 1
-
-    @property
-    def main(self):
-        return self.rank == 0
 
     def average(self, tensors):
         """Average tensors over all processes, in place, in one message."""
@@ -39,7 +35,7 @@ class Launch:
             tensor.copy_(mean.view_as(tensor))
 
     def broadcast(self, module):
-        """Give every process the weights and buffers that the main one has."""
+        """Give every process the weights and buffers of the first one."""
         if self.world > 1:
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)
@@ -55,46 +51,53 @@ class Launch:
 
 def launch(name="auto"):
     """Choose the device; under torchrun, join the group (NCCL on CUDA, else gloo)."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    rank, world, local = (_whole_number(*item) for item in names.items())
-    device = pick_device(name)
+    (rank, world, local), device = torchrun(), pick_device(name)
     if device.type == "cuda":
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(_leave)
+        # a group that outlives Python may abort the process
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return Launch(device, rank, world)
 
 
-def _leave():
-    """Leave the group while Python still runs: a group that outlives it may abort."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def torchrun():
+    """(rank, number of processes, rank on this machine), as torchrun sets them."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if not found:
+        return 0, 1, 0
+    texts = [found.get(name, "") for name in names]
+    if all(text.isdecimal() for text in texts):
+        rank, world, local = map(int, texts)
+        if rank < world:
+            return rank, world, local
+    told = " ".join(f"{name}={text}" for name, text in found.items())
+    raise Mistake(f"{told}: {', '.join(names)} must be whole numbers, RANK below "
+                  "WORLD_SIZE, as torchrun sets them; or unset all three")
 
 
-def _whole_number(variable, default):
-    value = os.environ.get(variable, str(default))
-    if not value.isdecimal():
-        fail(f"{variable}={value}: must be a whole number, as torchrun sets it")
-    return int(value)
+@contextlib.contextmanager
+def first_process_first():
+    """The first process runs the block alone, then the others find its files there."""
+    several = dist.is_initialized()
+    if several and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if several and dist.get_rank() == 0:
+        dist.barrier()
 
 
 def pick_device(name="auto"):
-    """torch.device for auto (CUDA, else Apple's MPS, else CPU), cpu, cuda or mps.
-
-    A device that is absent ends the program with one line.
-    """
-    available = {"cpu": True,
-                 "cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available()}
+    """torch.device for auto (CUDA, else Apple's MPS, else CPU), cpu, cuda or mps."""
+    available = {"cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if name not in available:
-        fail(f"--device {name}: must be one of auto, cpu, cuda, mps")
-    if not available[name]:
-        here = ", ".join(kind for kind, there in available.items() if there)
-        fail(f"--device {name}: not available on this machine (available: {here})")
+        name = next(kind for kind in available if available[kind])
+    if not available.get(name):
+        here = ", ".join(kind for kind in available if available[kind])
+        raise Mistake(f"--device {name}: must be one of auto, {here} on this machine")
     return torch.device(name)
 
 
@@ -115,7 +118,7 @@ def random_state(device):
 
 
 def set_random_state(state, device):
-    """Undo random_state; the state of a device that is absent here is left out."""
+    """Restore what random_state returned; a device that is absent here is left out."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -125,7 +128,7 @@ def set_random_state(state, device):
 
 @contextlib.contextmanager
 def seeded(seed, device):
-    """Draws of their own inside the block; outside it the random state is as before."""
+    """Inside the block draws come from this seed; outside the state is as before."""
     state = random_state(device)
     torch.manual_seed(seed)
     try:
@@ -134,116 +137,71 @@ def seeded(seed, device):
         set_random_state(state, device)
 
 
-def autocast(device, amp):
-    """Mixed precision for the forward pass; amp: off, bf16 or fp16."""
-    if amp == "off":
-        return contextlib.nullcontext()
-    if amp == "fp16" and device.type != "cuda":
-        fail("--amp fp16: needs CUDA for its loss scaling, "
-             f"the device is {device.type}")
-    dtype = torch.bfloat16 if amp == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype)
-
-
-def peak_memory_mb(device):
-    """Peak memory so far in MB (10^6 bytes): allocated on CUDA, resident elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    try:
-        import resource  # absent on Windows
-    except ImportError:
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-
-
 def synchronize(device):
-    """Wait for the device, so that a wall clock read next is honest."""
+    """Wait for the device, so that a clock read next is right."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     if device.type == "mps":
         torch.mps.synchronize()
 
 
-class Stopwatch:
-    """Adds up the wall time spent inside `with watch:` blocks, in seconds."""
-
-    def __init__(self, device):
-        self.device, self.seconds = device, 0.0
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-        return self
-
-    def __exit__(self, *_):
-        synchronize(self.device)
-        self.seconds += time.perf_counter() - self.start
+def peak_memory_mb(device):
+    """Peak memory so far in MB: allocated on CUDA, else resident; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-class Meter:
-    """Inside `with Meter(network, device) as meter:` counts the calls of the network.
-
-    calls: their number; inside: the seconds in them; seconds: all that the block took.
-    """
-
-    def __init__(self, network, device):
-        self.network, self.calls, self.seconds = network, 0, 0.0
-        self.all, self.one = Stopwatch(device), Stopwatch(device)
-
-    @property
-    def inside(self):
-        return self.one.seconds
-
-    def __enter__(self):
-        def before(*_):
-            self.calls += 1
-            self.one.__enter__()
-
-        def after(*_):
-            self.one.__exit__()
-
-        self.hooks = [self.network.register_forward_pre_hook(before),
-                      self.network.register_forward_hook(after)]
-        self.all.__enter__()
-        return self
-
-    def __exit__(self, *_):
-        self.all.__exit__()
-        self.seconds = self.all.seconds
-        for hook in self.hooks:
-            hook.remove()
+@contextlib.contextmanager
+def counted(network):
+    """A list that grows by one entry with each call of the network in the block."""
+    calls = []
+    hook = network.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        hook.remove()
 
 
 @torch.enable_grad()  # a figure is drawn without gradients
-def training_cost(model, loss, *args, repeats=3):
-    """What a training step costs, loss(model, *args) being a scalar.
+def training_cost(model, loss, repeats=3):
+    """What a training step costs; loss() is its loss, a scalar.
 
-    Returns the median of its "seconds", its 10^9 floating-point operations, "gflop",
-    and the memory that is kept for the backward pass, "activations_mb".
+    Returns the median "seconds", the 10^9 floating-point operations, "gflop", and the
+    memory kept for the backward pass, "activations_mb".
     """
+    from torch.utils.flop_counter import FlopCounterMode  # takes long to import
+
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
-    device, kept = next(model.parameters()).device, {}
+    device = next(model.parameters()).device
 
     def step():
+        begin = time.perf_counter()
         optimizer.zero_grad()
-        loss(model, *args).backward()
+        loss().backward()
         optimizer.step()
+        synchronize(device)
+        return time.perf_counter() - begin
 
-    def remember(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        value = loss(model, *args)
-    memory = sum(size for pointer, size in kept.items() if pointer not in weights)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss()  # alive, so that no storage is counted under another's address
+    memory = sum(kept.values())
     del value
     with FlopCounterMode(display=False) as counter:
         step()
-    seconds = []
-    for _ in range(repeats):
-        with Stopwatch(device) as watch:
-            step()
-        seconds.append(watch.seconds)
-    return {"seconds": sorted(seconds)[repeats // 2],
-            "gflop": counter.get_total_flops() / 1e9, "activations_mb": memory / 1e6}
+    seconds = statistics.median(step() for _ in range(repeats))
+    return {"seconds": seconds, "gflop": counter.get_total_flops() / 1e9,
+            "activations_mb": memory / 1e6}

@@ -1,15 +1,16 @@
 """Drawing: pictures, curves, points in the plane and animations.
 
-A figure function of a script says which tensors, and the words beside them.
-Every function writes one file. Images are (B, C, H, W) in [-1, 1], points (N, 2).
-matplotlib is imported on the first drawing, and never pyplot: a notebook's own
-figures keep their backend and their style.
+A figure function of a script says which tensors are drawn, and the words beside them.
+Every function here writes one file. Images are (B, C, H, W) in [-1, 1], points (N, 2).
+matplotlib is imported on the first drawing, and never pyplot: a notebook's own figures
+keep their backend and their style.
 """
 
 import contextlib
 import functools
+import io
 import math
-import os
+import sys
 import traceback
 from pathlib import Path
 
@@ -17,50 +18,52 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .cli import in_kernel, say
-
-ROOT = Path(__file__).parent.parent
+from .cli import Mistake, in_notebook, out_of_memory, write_whole
 
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
          "figure.dpi": 110, "savefig.bbox": "tight", "axes.titlesize": 12}
+not_drawn = {}  # the files that could not be drawn: the last line of a run names them
+_written = []
 
 
-def figure(draw):
-    """Decorator of a function that draws: without gradients, in the style used here.
+def figure(*files):
+    """Decorator of a function that draws these files: @plotting.figure("loss.png").
 
-    An error is told in one line and the program goes on: neither the other figures
-    nor the run depend on this one.
+    It draws without gradients and in the style used here. An error prints its traceback
+    and the program goes on, since the other figures and the run do not depend on this
+    one; a full disk or too little memory still ends it. Without files, as in this
+    module, the first argument is the path.
     """
-    @functools.wraps(draw)
-    def drawn(*args, **kwargs):
-        try:
-            import matplotlib
-            quiet = np.errstate(all="ignore")  # of NaN and infinity, drawn as can be
-            with torch.no_grad(), quiet, matplotlib.rc_context(STYLE):
-                return draw(*args, **kwargs)
-        except Exception as problem:
-            first = next(iter([*args, *kwargs.values()]), None)
-            name = f" {first}" if isinstance(first, (str, os.PathLike)) else ""
-            text = next(iter(str(problem).splitlines()), "")
-            ours = [f"{Path(frame.f_code.co_filename).name}:{line}"
-                    for frame, line in traceback.walk_tb(problem.__traceback__)
-                    if Path(frame.f_code.co_filename).is_relative_to(ROOT)]
-            say(f"{draw.__name__}{name}: not drawn, {type(problem).__name__}: {text} "
-                f"({ours[-1]})")
+    def decorate(draw):
+        @functools.wraps(draw)
+        def drawn(*args, **kwargs):
+            names = files or [Path([*args, kwargs.get("path")][0]).name]
+            begin = len(_written)
+            try:
+                import matplotlib
+                quiet = np.errstate(all="ignore")  # NaN and infinity are left blank
+                with torch.no_grad(), quiet, matplotlib.rc_context(STYLE):
+                    return draw(*args, **kwargs)
+            except Exception as problem:
+                if isinstance(problem, Mistake) or out_of_memory(problem):
+                    raise
+                missing = [name for name in names if name not in _written[begin:]]
+                print(f"{', '.join(missing)}: not drawn", file=sys.stderr)
+                traceback.print_exc()
+                not_drawn.update(dict.fromkeys(missing))
+        return drawn
 
-    return drawn
+    return decorate
 
 
 def _write(path, save):
-    """Write a picture whole or not at all: save(file, format). A notebook shows it."""
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.tmp")
-    try:
-        save(scratch, path.suffix[1:] or "png")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-    if in_kernel():
+    """Write a picture as a whole: save(file, format). A notebook shows it, too."""
+    path, packed = Path(path), io.BytesIO()
+    save(packed, path.suffix[1:] or "png")
+    write_whole(path, packed.getvalue())
+    not_drawn.pop(path.name, None)
+    _written.append(path.name)
+    if in_notebook():
         with contextlib.suppress(Exception):
             from IPython.display import Image, display
             display(Image(filename=str(path)))
@@ -109,10 +112,16 @@ def to_rgb(x):
 
 
 def tile(x, columns, pad=1):
-    """Images -> one (H', W', 3) array, `columns` a row."""
-    from torchvision.utils import make_grid
-    picture = make_grid(to_rgb(x), nrow=columns, padding=pad, pad_value=0.35)
-    return picture.permute(1, 2, 0).numpy()
+    """Images -> one (H', W', 3) array, `columns` a row, grey lines between them."""
+    pictures = to_rgb(x).permute(0, 2, 3, 1).numpy()
+    (n, H, W, _), columns = pictures.shape, min(columns, len(pictures))
+    rows = -(-n // columns)
+    sheet = np.full((pad + rows * (H + pad), pad + columns * (W + pad), 3), 0.35,
+                    dtype=np.float32)
+    for i, picture in enumerate(pictures):
+        top, left = pad + i // columns * (H + pad), pad + i % columns * (W + pad)
+        sheet[top:top + H, left:left + W] = picture
+    return sheet
 
 
 def square(n):
@@ -127,7 +136,7 @@ def evenly(items, n):
     return [items[round(i * last / intervals)] for i in range(n)]
 
 
-@figure
+@figure()
 def grid(path, x, columns, title):
     """One grid of images."""
     picture = tile(x, columns)
@@ -140,7 +149,7 @@ def grid(path, x, columns, title):
     _finish(sheet, path)
 
 
-@figure
+@figure()
 def picture(path, x):
     """One image (C, H, W), pixel for pixel."""
     from PIL import Image
@@ -149,7 +158,7 @@ def picture(path, x):
     _write(path, lambda file, _: picture.save(file, "png"))
 
 
-@figure
+@figure()
 def panels(path, parts, title, columns=None, limit=2.3):
     """Grids of images, points or series, side by side; parts: (subtitle, tensor)."""
     points = parts[0][1].ndim < 4
@@ -166,7 +175,7 @@ def panels(path, parts, title, columns=None, limit=2.3):
     _finish(sheet, path, title)
 
 
-@figure
+@figure()
 def samples(path, drawn, data, title, how="samples"):
     """Drawn beside held-out data: at most 64 images, 5,000 points or 8 series each."""
     n = min({2: 5000, 3: 8, 4: 64}[drawn.ndim], len(drawn))
@@ -174,7 +183,7 @@ def samples(path, drawn, data, title, how="samples"):
     panels(path, [(how, drawn[:n]), ("real, held out", data.test[:n])], title, columns)
 
 
-@figure
+@figure()
 def table(path, rows, title, row_labels=(), column_labels=(), cell=0.95):
     """A table of pictures; rows: images, one tensor a row of the table."""
     columns = max((len(row) for row in rows), default=0)
@@ -203,14 +212,14 @@ def table(path, rows, title, row_labels=(), column_labels=(), cell=0.95):
     _finish(sheet, path)
 
 
-@figure
+@figure()
 def neighbours(path, drawn, data, n=12):
     """Samples, and under each the nearest training picture with its distance.
 
     The title gives the distance of held-out pictures to theirs: samples that are much
     nearer are copies.
     """
-    from .metrics import nearest_neighbours
+    from .quality import nearest_neighbours
     nearest, distance = nearest_neighbours(drawn[:n], data.train)
     held_out = nearest_neighbours(data.test, data.train)[1].mean().item()
     table(path, [drawn[:n], data.train[nearest]],
@@ -219,7 +228,7 @@ def neighbours(path, drawn, data, n=12):
           ["sample", "nearest"], [f"{d:.2f}" for d in distance.tolist()])
 
 
-@figure
+@figure()
 def gif(path, frames, columns, captions, hold=12, milliseconds=80, scale=4):
     """An animated GIF of grids of images, one caption a frame; the last is held."""
     from PIL import Image, ImageDraw
@@ -238,7 +247,7 @@ def gif(path, frames, columns, captions, hold=12, milliseconds=80, scale=4):
 # Curves and bars
 
 
-@figure
+@figure()
 def curves(path, parts, title="", height=3.4):
     """Curves, bars or histograms side by side, one axes a part.
 
@@ -319,7 +328,7 @@ def loss_by_t(loss, edges, title):
 # Points in the plane
 
 
-@figure
+@figure()
 def fields(path, parts, title, limit=2.3):
     """Arrows over points; parts: (subtitle, points, where (N, 2), arrows (N, 2))."""
     sheet, axes = _axes(len(parts), 3.8 * len(parts), 4)
@@ -331,7 +340,7 @@ def fields(path, parts, title, limit=2.3):
     _finish(sheet, path, title)
 
 
-@figure
+@figure()
 def flow(path, parts, ts, line, density, title):
     """Ways from noise (left) to data (right) over a density on the line.
 
@@ -347,7 +356,7 @@ def flow(path, parts, ts, line, density, title):
     _finish(sheet, path, title)
 
 
-@figure
+@figure()
 def densities(path, parts, title, limit):
     """Densities on a square, in one colour scale: that of the last, the true one.
 
@@ -363,7 +372,7 @@ def densities(path, parts, title, limit):
     _finish(sheet, path, title)
 
 
-@figure
+@figure()
 def film(path, frames, captions, limit=2.3, hold=12, milliseconds=80):
     """An animated GIF of points or series, one caption a frame; the last is held."""
     from PIL import Image
@@ -393,7 +402,7 @@ def _draw(axis, x, limit=2.3):
     axis.set(xticks=[], yticks=[])
 
 
-@figure
+@figure()
 def fans(path, parts, title):
     """Series and bands around what is not known of them, in two rows or three columns.
 

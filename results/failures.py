@@ -14,9 +14,9 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ddim_example as ddim  # noqa: E402
-from common import metrics, plotting  # noqa: E402
+from common import plotting, quality  # noqa: E402
 from common.data import Data, load_images  # noqa: E402
-from common.runs import new_run, open_run  # noqa: E402
+from common.run import new_run, open_run  # noqa: E402
 
 import torch  # noqa: E402
 
@@ -81,16 +81,17 @@ def training_mistakes(data, xT, steps, how):
     yield "stopped after\n200 steps", trained(data, max(1, steps // 6), warmup=50)
     few = data.train[:20]
     pictures = trained(of(few), 2 * steps)
-    nearest = few[metrics.nearest_neighbours(pictures, few)[0]]
+    nearest = few[quality.nearest_neighbours(pictures, few)[0]]
     yield "20 training\npictures only", pictures
     yield "the nearest\nof the 20", nearest
 
 
 def main(steps=1200, columns=10, file=ROOT / "docs/failures.png", sample="", **how):
-    """Write the picture. how: see common.runs.new_run."""
+    """Write the picture. how: see common.run.new_run."""
     checkpoint = sample or ROOT / "pretrained/ddpm.pt"
     argv = ["--sample", str(checkpoint), *(f"--{name}={x}" for name, x in how.items())]
-    cfg, run = open_run("ddim", ddim.Config, ddim.PRESETS, argv, reads=("ddpm",))
+    cfg, run = open_run("ddim", ddim.Config, ddim.PRESETS, ddim.SAMPLING, argv,
+                        reads=("ddpm",))
     data = run.load(load_images(cfg.dataset, cfg.image_size))
     model = run.trained(ddim.make_unet(cfg, data.shape))
     xT = torch.randn(columns, *data.shape).to(run.device)

@@ -41,7 +41,8 @@ def main(*folders, file=ROOT / "results/gallery.gif", height=270, frames=24, gap
             top += high + gap
         sheets.append(sheet.quantize(16))
     times = [100] * (frames - 1) + [1500]
-    sheets[0].save(file, save_all=True, append_images=sheets[1:], duration=times, loop=0)
+    first, *rest = sheets
+    first.save(file, save_all=True, append_images=rest, duration=times, loop=0)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ddim_example as ddim  # noqa: E402
-from common import metrics  # noqa: E402
+from common import quality  # noqa: E402
 from common.data import Data, load_images  # noqa: E402
 from common.device import seeded  # noqa: E402
-from common.runs import new_run  # noqa: E402
+from common.run import new_run  # noqa: E402
 
 import torch  # noqa: E402
 
@@ -36,8 +36,8 @@ def measure(count, n, changes, how):
         x = torch.cat([ddim.ddim_sample(sharper, part.shape, schedule, min(50, cfg.T),
                                         1.0, xT=part, temperature=cfg.temperature)
                        for part in xT.split(100)])
-    found = metrics.quality(x, data)  # against all 4,500
-    nearest = {name: metrics.nearest_neighbours(part, train)[1].mean().item()
+    found = quality.scores(x, data)  # against all 4,500
+    nearest = {name: quality.nearest_neighbours(part, train)[1].mean().item()
                for name, part in (("samples", x), ("held_out", data.test))}
     return found | {"pictures": count, "steps": cfg.steps,
                     "nearest_trained_rms": nearest}

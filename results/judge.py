@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import data, metrics  # noqa: E402
+from common import data, quality  # noqa: E402
 
 
 def pictures(x, y):
@@ -51,10 +51,10 @@ if __name__ == "__main__":
         file.unlink()
     for size in (28, 32):
         digits, begin = data.load_images("digits", size), time.perf_counter()
-        judge, of_held_out = metrics.load_judge(digits)
+        judge, of_held_out = quality.load_judge(digits)
         print(f"\n{size} x {size}: {time.perf_counter() - begin:.0f} s, of held-out "
               f"digits {of_held_out['accuracy']:.1%} right\n\n| | legible |\n|---|---|")
         torch.manual_seed(0)
         for name, x in pictures(digits.test, digits.test_labels).items():
-            share = metrics.legible_share(metrics.probabilities(judge, x))
+            share = quality.legible_share(quality.probabilities(judge, x))
             print(f"| {name} | {share:.1%} |", flush=True)

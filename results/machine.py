@@ -1,13 +1,11 @@
 """What the machine costs: the start of a script, and two trainings side by side.
 
-    python results/machine.py          about five minutes; prints the table below
+    python results/machine.py          about two minutes; prints the lines below
 
 Seconds of `import torch`, of a mistake on the command line and of --help; then the
-seconds of a training step of ddpm_example.py alone and beside another one, with the
-spin of idle threads as common/__init__.py sets it and as OpenMP has it by itself.
+seconds of a training step of ddpm_example.py alone and beside another one.
 """
 
-import os
 import re
 import statistics
 import subprocess
@@ -30,14 +28,13 @@ def seconds(*command):
     return statistics.median(times)
 
 
-def step_seconds(processes, **environment):
+def step_seconds(processes):
     """Seconds of a default training step, the mean over processes side by side."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, SCRIPT, "--device", "cpu", "--steps", str(STEPS),
                    "--n_samples", "1", "--T", "20", "--out"]
         running = [subprocess.Popen([*command, f"{out}/{i}"], stdout=subprocess.DEVNULL,
-                                    stderr=subprocess.DEVNULL,
-                                    env=os.environ | environment)
+                                    stderr=subprocess.DEVNULL)
                    for i in range(processes)]
         for process in running:
             process.wait()
@@ -53,11 +50,9 @@ def main():
     for what, argv in (("a mistake", ["--stpes", "3"]), ("--help", ["--help"])):
         took = seconds(SCRIPT, *argv)
         print(f"{what:<12} {took:.2f} s, {took / bare:.2f} times as long")
-    kinds = {"as set here": {}, "OpenMP's own": {"OMP_WAIT_POLICY": ""}}
-    for kind, environment in kinds.items():
-        alone, pair = step_seconds(1, **environment), step_seconds(2, **environment)
-        print(f"{kind:<14} a step alone {alone:.3f} s, in a pair {pair:.3f} s, "
-              f"{pair / alone:.1f} times as long")
+    alone, pair = step_seconds(1), step_seconds(2)
+    print(f"a training step alone {alone:.3f} s, in a pair {pair:.3f} s, "
+          f"{pair / alone:.1f} times as long")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ddim_example as ddim  # noqa: E402
 import ddpm_example as ddpm  # noqa: E402
-from common import metrics, plotting  # noqa: E402
+from common import plotting, quality  # noqa: E402
+from common.cli import command_line  # noqa: E402
 from common.data import load_images  # noqa: E402
 from common.device import seeded  # noqa: E402
-from common.runs import open_run  # noqa: E402
+from common.run import open_run  # noqa: E402
 
 import torch  # noqa: E402
 
@@ -35,7 +36,7 @@ SAMPLERS = {"T steps": "DDPM, T steps", "25 steps": "DDIM, 25 steps, eta = 0"}
 def trained(minutes, data, flags):
     """(cfg, network, CPU seconds) of a training of so many CPU minutes."""
     def train(steps):
-        cfg, run = open_run("ddpm", ddpm.Config, ddpm.PRESETS,
+        cfg, run = open_run("ddpm", ddpm.Config, ddpm.PRESETS, ddpm.SAMPLING,
                             [*flags, f"--steps={steps}", f"--preview_every={steps}"])
         begin = time.process_time()
         model = ddpm.train(cfg, run, data)
@@ -50,7 +51,7 @@ def trained(minutes, data, flags):
 
 
 def scores(cfg, model, data, n):
-    """{sampler: what metrics.quality says of n samples}, both from the same noises."""
+    """{sampler: what quality.scores says of n samples}, both from the same noises."""
     schedule = ddpm.make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T)
     schedule = schedule.to(data.train.device)
     with seeded(0, data.train.device):
@@ -63,7 +64,7 @@ def scores(cfg, model, data, n):
                                                min(25, cfg.T), xT=part,
                                                temperature=cfg.temperature)
                               for part in xT.split(100)]}
-    return {name: metrics.quality(torch.cat(x), data) for name, x in drawn.items()}
+    return {name: quality.scores(torch.cat(x), data) for name, x in drawn.items()}
 
 
 def figure(path, rows):
@@ -81,12 +82,13 @@ def figure(path, rows):
          "xlabel": "CPU minutes", "xlim": (0, None), "ylim": (0, 1),
          "title": "legible"},
         {"lines": lines("frechet_distance", "_"), "xlabel": "CPU minutes",
-         "xlim": (0, None), "ylim": (0, None), "title": "Fréchet distance in features"}],
+         "xlim": (0, None), "ylim": (0, None),
+         "title": "Fréchet distance in features"}],
         f"{n} samples after so much training")
 
 
 def main(argv=None, folder=ROOT / "results/ddpm"):
-    """Run the race; one row per budget is printed, and written as soon as it is there."""
+    """Run the race; a row for each budget is printed, and written at once."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      allow_abbrev=False)
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 2, 5, 10, 20])
@@ -97,7 +99,8 @@ def main(argv=None, folder=ROOT / "results/ddpm"):
     for minutes in sorted(opts.minutes):
         with tempfile.TemporaryDirectory() as out:
             where = [f"--out={out}", *flags]
-            cfg, run = open_run("ddpm", ddpm.Config, ddpm.PRESETS, where)
+            cfg, run = open_run("ddpm", ddpm.Config, ddpm.PRESETS, ddpm.SAMPLING,
+                                where)
             data = run.load(load_images(cfg.dataset, cfg.image_size))
             cfg, model, seconds = trained(minutes, data, where)
         rows.append({"cpu_minutes": seconds / 60, "steps": cfg.steps,
@@ -106,8 +109,9 @@ def main(argv=None, folder=ROOT / "results/ddpm"):
             found = rows[-1][name]
             print(f"{seconds / 60:.1f} CPU minutes, {cfg.steps} steps, {words}: "
                   f"{found['legible']:.1%} legible, distance "
-                  f"{found['frechet_distance']:.1f}, precision {found['precision']:.2f}, "
-                  f"recall {found['recall']:.2f}, to the nearest of the training part "
+                  f"{found['frechet_distance']:.1f}, "
+                  f"precision {found['precision']:.2f}, recall {found['recall']:.2f}, "
+                  f"to the nearest of the training part "
                   f"{found['nearest_train_rms']:.3f} (held-out digits: "
                   f"{found['nearest_train_rms_of_held_out']:.3f}), classes "
                   f"{found['classes']}", flush=True)
@@ -119,4 +123,4 @@ def main(argv=None, folder=ROOT / "results/ddpm"):
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)()  # a flag that is no flag is one line

@@ -1,9 +1,10 @@
 """The three SDEs side by side: results/score_based/three_sdes.png.
 
-    python results/sdes.py CHECKPOINT CHECKPOINT ...    of score_based_diffusion_example.py
+    python results/sdes.py CHECKPOINT CHECKPOINT ...
 
-Ten draws of each; beside them what `--sample CHECKPOINT --evaluate N` found, which is
-kept in results/score_based/evaluation.json (vp), evaluation_ve.json and so on.
+Of score_based_diffusion_example.py. Ten draws of each; beside them what `--sample
+CHECKPOINT --evaluate N` found, which is kept in results/score_based/evaluation.json
+(vp), evaluation_ve.json and so on.
 """
 
 import json
@@ -15,13 +16,13 @@ sys.path.insert(0, str(ROOT))
 import score_based_diffusion_example as score_based  # noqa: E402
 from common import plotting  # noqa: E402
 from common.data import load_images  # noqa: E402
-from common.runs import open_run  # noqa: E402
+from common.run import open_run  # noqa: E402
 
 
 def row(checkpoint, folder, flags):
     """(ten draws, what to write beside them)."""
     cfg, run = open_run("score_based", score_based.Config, score_based.PRESETS,
-                        ["--sample", checkpoint, *flags])
+                        score_based.SAMPLING, ["--sample", checkpoint, *flags])
     data = run.load(load_images(cfg.dataset, cfg.image_size))
     sde = score_based.make_sde(cfg).to(run.device)
     model = run.trained(score_based.make_network(cfg, data.shape))
@@ -37,7 +38,7 @@ def row(checkpoint, folder, flags):
 
 
 def main(*checkpoints, folder=ROOT / "results/score_based", flags=()):
-    """Write three_sdes.png into the folder, which has the numbers; flags: of the runs."""
+    """Write three_sdes.png into the folder of the numbers; flags: of the runs."""
     rows, labels = zip(*(row(c, folder, flags) for c in checkpoints), strict=True)
     plotting.table(folder / "three_sdes.png", rows,
                    "The default settings with each SDE", labels)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import score_based_diffusion_example as score_based  # noqa: E402
 from common import plotting  # noqa: E402
 from common.data import load_points  # noqa: E402
-from common.runs import new_run  # noqa: E402
+from common.run import new_run  # noqa: E402
 
 
 def codes(cfg, seed, n, how):
@@ -30,7 +30,8 @@ def codes(cfg, seed, n, how):
     return score_based.ode_encode(score, sde, data.test[:n]).cpu()
 
 
-def main(widths=(64, 128), n=1000, folder=ROOT / "results/score_based", changes=(), **how):
+def main(widths=(64, 128), n=1000, folder=ROOT / "results/score_based", changes=(),
+         **how):
     """Write the figure and the correlations; changes: of Config; how: see new_run."""
     cfg = replace(score_based.PRESETS["swiss_roll"], **dict(changes))
     a, b = (codes(replace(cfg, hidden=width), seed, n, how)

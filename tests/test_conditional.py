@@ -8,7 +8,8 @@ from itertools import groupby
 
 import common.data
 import conditional_diffusion_example as cond
-from common import plotting, runs
+import score_based_diffusion_example as sb
+from common import plotting
 from common.data import Data, load_images
 
 import pytest
@@ -121,7 +122,7 @@ def test_a_network_that_knows_v_is_asked_for_eps():
     xt = cond.q_sample(x0, t, eps, schedule.alpha_bars)
     assert model.classes == 7
     assert_close(model(xt, t, y), eps)
-    assert_close(cond.v_loss(partial(model, y=y), x0, schedule, t, eps), torch.tensor(0.0),
+    assert_close(cond.v_loss(partial(model, y=y), x0, t, eps, schedule), torch.tensor(0.0),
                  rtol=0, atol=1e-6)
 
 
@@ -168,18 +169,10 @@ def test_v_loss_is_the_squared_error_of_v(kind, T, beta_T):
     model = cond.VPrediction(Network(), schedule.alpha_bars)
     xt = a.sqrt() * x0.double() + (1 - a).sqrt() * eps.double()
     v = a.sqrt() * eps.double() - (1 - a).sqrt() * x0.double()
-    loss, error = cond.v_loss(model, x0, schedule, t, eps), 0.3 * xt + 0.1 - v
+    loss, error = cond.v_loss(model, x0, t, eps, schedule), 0.3 * xt + 0.1 - v
     assert_close(loss.detach().double(), error.square().mean(), rtol=1e-5, atol=0)
     loss.backward()
     assert_close(model.network.scale.grad.double(), (2 * error * xt).mean(), rtol=1e-4, atol=1e-6)
-
-
-def test_v_loss_draws_every_t():
-    schedule, seen = cond.make_schedule("linear", 1000), []
-    cond.v_loss(lambda x, t, v: seen.append((x, t)) or 0 * x, torch.randn(2000, 1, 8, 8), schedule)
-    (xt, t), = seen
-    assert t.min() < 10 and t.max() > 990 and abs(t.float().mean() - 500.5) < 20
-    assert_close(xt[t > 600].std(), torch.tensor(1.0), rtol=0.05, atol=0)
 
 
 def test_w_0_is_conditional_and_w_minus_1_unconditional_exactly():
@@ -695,7 +688,7 @@ def overfit(model, lr, steps=150):
     t, eps = torch.linspace(50, 950, 8).long(), torch.randn(8, 1, 16, 16)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     for _ in range(steps):
-        loss = cond.ddpm_loss(lambda x, t: model(x, t, y), x0, schedule, t, eps)
+        loss = cond.ddpm_loss(lambda x, t: model(x, t, y), x0, t, eps, schedule)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -712,22 +705,24 @@ def test_the_dit_overfits_one_batch():
 
 
 @BOTH
-def test_gradient_checkpointing_gives_the_same_gradients(make, tmp_path, monkeypatch):
+def test_gradient_checkpointing_gives_the_same_gradients(make, tmp_path):
     """--grad_checkpointing: each block's activations are computed again, in the loop alone."""
-    count, found, true = [], [], runs.checkpoint
-    monkeypatch.setattr(runs, "checkpoint", lambda *a, **k: count.append(1) or true(*a, **k))
+    found = []
     x, t, y = torch.randn(2, 1, 16, 16), torch.tensor([3, 500]), torch.tensor([1, 2])
-    for flags in ([], ["--grad_checkpointing"]):
+    for flags, times in ([], 1), (["--grad_checkpointing"], 2):
         torch.manual_seed(3)
-        model = awake(make()).train()
+        model, count = awake(make()).train(), []
+        blocks = [m for m in model.modules() if isinstance(m, cond.ResBlock | cond.DiTBlock)]
+        for block in blocks:
+            block.norm1.register_forward_hook(lambda *_, count=count: count.append(1))
         _, run, _ = open_run(cond, tmp_path, *flags)
-        for _ in run.training(1, model, torch.optim.SGD(model.parameters(), 0.0), keep=False):
+        for _ in run.steps(1, model=model, save=False):
             model(x, t, y).square().mean().backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
-        blocks = [m for m in model.modules() if isinstance(m, cond.ResBlock | cond.DiTBlock)]
-        assert len(count) == (len(blocks) if flags else 0)
-    model(x, t, y)
-    assert len(count) == len(blocks)
+        assert len(count) == times * len(blocks)
+        count.clear()
+        model(x, t, y).square().mean().backward()
+        assert len(count) == len(blocks)
     for a, b in zip(*found, strict=True):
         assert_close(a, b)
 
@@ -748,6 +743,24 @@ def test_the_noisy_classifier_sees_t_and_the_picture():
 
     assert_close((log_p(x + step) - log_p(x - step)) / 2e-2, gradient.flatten(1).norm(dim=1),
                  rtol=0.05, atol=1e-4)
+
+
+@pytest.mark.parametrize("page", [cond, sb], ids=["conditional", "score based"])
+@pytest.mark.parametrize("H, W", [(4, 4), (4, 12), (28, 28)])
+def test_a_noisy_classifier_pools_pictures_of_every_size_to_two_by_two(page, H, W):
+    """Of 4 x 4 pixels a single one is left, which stands for all four."""
+    classifier, x, pooled = awake(page.NoisyClassifier(1, 5, 8, 4)), torch.randn(3, 1, H, W), []
+    classifier.norm_out.register_forward_hook(lambda _, __, out: pooled.append(F.silu(out)))
+    classifier.out.register_forward_pre_hook(lambda _, args: pooled.append(args[0]))
+    x.requires_grad_()
+    logits = classifier(x, torch.tensor([3, 3, 900]))
+    h, last = pooled
+    h = h.repeat_interleave(2, 2) if H == 4 else h
+    h = h.repeat_interleave(2, 3) if W == 4 else h
+    assert_close(last, F.adaptive_avg_pool2d(h, 2).flatten(1))
+    assert logits.shape == (3, 5) and (logits[0] - logits[1]).abs().max() > 1e-4
+    gradient, = torch.autograd.grad(logits.log_softmax(1)[:, 2].sum(), x)
+    assert gradient.isfinite().all() and (gradient.flatten(1).abs().amax(1) > 1e-6).all()
 
 
 # The loops: what the networks are given
@@ -814,8 +827,8 @@ def test_training_mirrors_pictures_where_flip_says_so(flip, tmp_path, monkeypatc
     cfg, run, _ = open_run(cond, tmp_path, "--preview_every", 100, *["--flip"] * flip)
     seen, batch = [], run.batch
 
-    def watching(*args):
-        out = batch(*args)
+    def watching(*args, **how):
+        out = batch(*args, **how)
         seen.append(out[0])
         return out
 
@@ -848,8 +861,8 @@ def test_the_noisy_classifier_learns_from_noisy_pictures_and_their_labels(tmp_pa
     cfg, run, _ = open_run(cond, tmp_path, "--classifier_steps", 30, "--T", 12, "--S", 5)
     batch = run.batch
 
-    def watching(*args):
-        batches.append(batch(*args))
+    def watching(*args, **how):
+        batches.append(batch(*args, **how))
         return batches[-1]
 
     run.batch = watching
@@ -871,6 +884,31 @@ def test_the_noisy_classifier_learns_from_noisy_pictures_and_their_labels(tmp_pa
     assert not run.path("checkpoint.pt").exists()
 
 
+def test_the_noisy_classifier_is_trained_by_the_gradient_of_each_batch(tmp_path, coded, monkeypatch):
+    """Of this batch alone, clipped to a norm of 1, by a rate that warms up and decays as cfg says."""
+    monkeypatch.setattr(common.data, "CACHE", tmp_path / "cache")
+    made, wanted, rates = [], [], []
+    spied(monkeypatch, cond, "NoisyClassifier", lambda _, classifier: made.append(classifier))
+    spied(monkeypatch, F, "cross_entropy", lambda _, loss: wanted.append(
+        torch.autograd.grad(loss, list(made[0].parameters()), retain_graph=True)))
+    step = torch.optim.AdamW.step
+
+    def watching(optimizer, *args, **how):
+        norm = torch.cat([g.flatten() for g in wanted[-1]]).norm()
+        for p, gradient in zip(made[0].parameters(), wanted[-1], strict=True):
+            assert_close(p.grad, gradient / max(1, norm), rtol=1e-3, atol=1e-5)
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args, **how)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watching)
+    cfg, run, _ = open_run(cond, tmp_path, "--classifier_steps", 5, "--warmup", 3)
+    cond.train_classifier(cfg, run, coded, cond.make_schedule("linear", 20))
+    norms = [torch.cat([g.flatten() for g in gradients]).norm() for gradients in wanted]
+    assert len(norms) == 5 and max(norms) > 1.1  # the clip acts
+    assert rates == pytest.approx([3e-3 * min(1, (i + 1) / 3) * (1 + math.cos(math.pi * i / 5)) / 2
+                                   for i in range(5)])
+
+
 def test_the_noisy_classifier_is_kept_on_disk_unless_it_was_stopped(tmp_path, coded, monkeypatch):
     """Another schedule, length or data set is another classifier; the draws stay as they were."""
     monkeypatch.setattr(common.data, "CACHE", tmp_path / "cache")
@@ -878,15 +916,15 @@ def test_the_noisy_classifier_is_kept_on_disk_unless_it_was_stopped(tmp_path, co
 
     def fitted(*flags, data=coded, stop=False):
         cfg, run, _ = open_run(cond, tmp_path, *flags)
-        training = run.training
+        steps = run.steps
 
         def counted(*args, **kwargs):
             loops.append(1)
-            for step in training(*args, **kwargs):
+            for step in steps(*args, **kwargs):
                 run.stopped = stop
                 yield step
 
-        run.training = counted
+        run.steps = counted
         torch.manual_seed(5)
         classifier = cond.train_classifier(cfg, run, data, schedule)
         assert_close(torch.rand(1), wanted)
@@ -944,7 +982,7 @@ def drawing(trained, coded, tmp_path, monkeypatch):
             spied(monkeypatch, cond, name, lambda given, _, into=calls[name]: into.append(given))
         monkeypatch.setattr(cond, "plotting", figures)
         monkeypatch.setattr(cond, "load_images", lambda *_: coded)
-        monkeypatch.setattr(cond.metrics, "load_judge", lambda *_, **__: (None, {}))
+        monkeypatch.setattr(cond.quality, "load_judge", lambda *_, **__: (None, {}))
         if classifier:
             monkeypatch.setattr(cond, "train_classifier", lambda *_: classifier)
         cond.main(["--sample", str(trained[0]), "--out", str(tmp_path / "drawn"), "--device", "cpu",
@@ -1033,25 +1071,28 @@ def test_without_guidance_the_labels_alone_are_used(drawing):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["unet", "dit"])
 @pytest.mark.parametrize("stop", [2, 3, 6])
-def test_a_resumed_run_ends_with_the_same_bytes(stop, backbone, tmp_path, coded):
-    files = []
+def test_a_resumed_run_ends_like_one_that_never_stopped(stop, tmp_path, coded):
+    """To the last bit of its checkpoint and the last byte of its log."""
+    states, logs = [], []
     for name in ("whole", "stopped"):
-        cfg, run, _ = open_run(cond, tmp_path / name, "--backbone", backbone, "--dropout", 0.1)
+        cfg, run, _ = open_run(cond, tmp_path / name, "--dropout", 0.1)
         if name == "stopped":
             log = run.log
 
-            def stopping(step, *rest, run=run, log=log, **values):
-                log(step, *rest, **values)
-                run.stopped = step == stop
+            def stopping(run=run, log=log, **values):
+                log(**values)
+                run.stopped = run.step + 1 == stop
 
             run.log = stopping
             cond.train(cfg, run, coded)
+            assert torch.load(run.path("checkpoint.pt"), weights_only=True)["step"] == stop
             cfg, run, _ = open_run(cond, tmp_path / name, "--resume", run.folder)
         cond.train(cfg, run, coded)
-        files.append([(run.folder / file).read_bytes() for file in ("checkpoint.pt", "log.csv")])
-    assert files[0] == files[1]
+        states.append(torch.load(run.path("checkpoint.pt"), weights_only=True))
+        logs.append(run.path("log.csv").read_bytes())
+    assert_same_tree(*states)
+    assert logs[0] == logs[1]
 
 
 # The command line
@@ -1067,24 +1108,24 @@ def test_a_resumed_run_ends_with_the_same_bytes(stop, backbone, tmp_path, coded)
     (["--w", "0", "-2"], ["--w 0.0 -2.0", ">= -1"]),
     (["--w"], ["--w", "at least one"]),
     (["--w_samples", "inf"], ["--w_samples inf"]),
-    (["--backbone", "mlp"], ["--backbone mlp", "unet, dit"]),
-    (["--guidance", "clip"], ["--guidance clip", "classifier_free, classifier, none"]),
-    (["--sampler", "euler"], ["--sampler euler", "ddim, ancestral"]),
+    (["--backbone", "mlp"], ["--backbone", "mlp", "unet", "dit"]),
+    (["--guidance", "clip"], ["--guidance", "clip", "classifier_free", "none"]),
+    (["--sampler", "euler"], ["--sampler", "euler", "ddim", "ancestral"]),
     (["--backbone", "dit", "--dit_kernel", "2"], ["--dit_kernel 2", "odd"]),
     (["--backbone", "dit", "--dit_patch", "5"], ["--image_size 28", "multiple of 5", "25, 30"]),
     (["--image_size", "30", "--backbone", "unet"], ["--image_size 30", "multiple of 4"]),
     (["--backbone", "dit", "--dit_heads", "5"], ["--dit_heads 5", "--dit_width 16"]),
     (["--backbone", "dit", "--dit_width", "18"], ["--dit_width 18", "multiple of 4"]),
     (["--compare", "1", "--dit_heads", "5"], ["--dit_heads 5", "--dit_width 16"]),
-    (["--compare", "-1"], ["--compare -1.0", "in [0, 1e6]"]),
+    (["--compare", "-1"], ["--compare -1.0", ">= 0"]),
     (["--compare", "1", "--sample"], ["--compare 1", "was made with 0"]),
     (["--p_uncond", "1.1"], ["--p_uncond 1.1", "[0, 1]"]),
-    (["--p_uncond", "1"], ["--p_uncond 1", "< 1", "--guidance classifier_free"]),
-    (["--p_uncond", "1", "--guidance", "none"], ["--p_uncond 1", "< 1", "--guidance none"]),
+    (["--p_uncond", "1"], ["--p_uncond 1", "below 1", "--guidance classifier_free"]),
+    (["--p_uncond", "1", "--guidance", "none"], ["--p_uncond 1", "below 1", "--guidance none"]),
     (["--p_uncond", "0"], ["--p_uncond 0", "null class"]),
-    (["--S", "21"], ["--S 21", "[1, 20]"]),
+    (["--S", "21"], ["--S 21", "at most T, 20"]),
     (["--classifier_steps", "0"], ["--classifier_steps 0", ">= 1"]),
-    (["--preset", "dit_xxl"], ["--preset dit_xxl", "dit_xl"]),
+    (["--preset", "dit_xxl"], ["--preset", "dit_xxl", "dit_xl"]),
 ])
 def test_a_mistake_is_one_line_and_status_2(argv, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -1207,21 +1248,25 @@ def test_an_unconditional_network_is_guided_by_the_classifier(tmp_path, monkeypa
     assert name == "classifier: unconditional" and "-1" in sweep
 
 
+def dies_in_step(last):
+    """EMA.update as it is, until it fails in a step between two checkpoints."""
+    true = cond.EMA.update
+
+    def update(ema, model, step):
+        if step == last:
+            raise LookupError
+        true(ema, model, step)
+    return update
+
+
 @pytest.mark.slow
 def test_the_dit_runs_and_resumes_to_the_last_bit(tmp_path):
     argv = ["--preset", "smoke", "--backbone", "dit", "--n_samples", "10"]
     cond.main([*argv, "--out", str(tmp_path / "a")])
     whole = only_run(tmp_path / "a", "conditional")
     check_pictures(whole)
-    true = runs.Run.log
-
-    def die(run, step, *rest, **values):
-        true(run, step, *rest, **values)
-        if step == 5:
-            raise LookupError
-
     with pytest.MonkeyPatch.context() as patch, pytest.raises(LookupError):
-        patch.setattr(runs.Run, "log", die)
+        patch.setattr(cond.EMA, "update", dies_in_step(4))
         cond.main([*argv, "--out", str(tmp_path / "b")])
     cond.main(["--resume", "--out", str(tmp_path / "b")])
     resumed = only_run(tmp_path / "b", "conditional")

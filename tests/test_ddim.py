@@ -5,7 +5,7 @@ import math
 
 import ddim_example as ddim
 import ddpm_example as ddpm
-from common.runs import open_run as open_any_run
+from common.run import open_run as open_any_run
 
 import pytest
 import torch
@@ -265,11 +265,11 @@ def test_a_quarter_turn():
 
 
 @pytest.mark.parametrize("argv, word", [
-    (["--S", "1001"], "--S 1001: must be in [1, 1000]"), (["--S", "0"], "--S 0: must be >= 1"),
-    (["--preset", "smoke", "--S", "21"], "--S 21: must be in [1, 20]"),
+    (["--S", "1001"], "--S 1001: must be at least 1 and at most T, 1000"), (["--S", "0"], "--S 0: must be >= 1"),
+    (["--preset", "smoke", "--S", "21"], "--S 21: must be at least 1 and at most T, 20"),
     (["--eta", "1.5"], "--eta 1.5: must be in [0, 1]"),
     (["--eta", "-0.1"], "--eta -0.1"), (["--eta", "nan"], "--eta nan"),
-    (["--spacing", "cubic"], "--spacing cubic: must be one of linear, quadratic"),
+    (["--spacing", "cubic"], "--spacing: invalid choice: 'cubic'"),
     (["--sigma_hat"], "--eta 0.0: must be 1 with --sigma_hat")])
 def test_mistakes_end_in_one_line(argv, word, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -294,7 +294,7 @@ def ddpm_run(tmp_path_factory):
 def test_a_ddpm_checkpoint_brings_its_network_and_ddim_its_sampler(ddpm_run, tmp_path):
     """Fields that DDPM does not have are DDIM's own; the network and its weights are DDPM's."""
     argv = ["--sample", str(ddpm_run), "--eta", "0.5", "--out", str(tmp_path)]
-    cfg, run = open_any_run("ddim", ddim.Config, ddim.PRESETS, argv, reads=("ddpm",))
+    cfg, run = open_any_run("ddim", ddim.Config, ddim.PRESETS, ddim.SAMPLING, argv, reads=("ddpm",))
     assert (cfg.T, cfg.channels, cfg.groups) == (20, 8, 4)
     assert (cfg.S, cfg.eta, cfg.n_samples) == (5, 0.5, 4)  # of ddim's smoke preset, and the flag
     stored = torch.load(ddpm_run / "checkpoint.pt", weights_only=True)
@@ -381,12 +381,12 @@ def test_figures_draw_what_their_labels_say(ddpm_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, expected", [
-    ((), dict(S=5, eta=0.0, spacing="linear", clip_x0=True, step="ddim_step", scale=1.1, temperature=0.9)),
-    (("--S", "3", "--eta", "0.25", "--spacing", "quadratic", "--no-clip_x0", "--eps_scale", "0.9", "--temperature", "0.8"),
-     dict(S=3, eta=0.25, spacing="quadratic", clip_x0=False, step="ddim_step", scale=0.9,
-          temperature=0.8)),
-    (("--eta", "1", "--sigma_hat", "--eps_scale", "1", "--temperature", "1"),
-     dict(S=5, eta=1.0, spacing="linear", clip_x0=True, step="sigma_hat_step", scale=1.0, temperature=1.0))])
+    ("", dict(S=5, eta=0.0, spacing="linear", clip_x0=True, step="ddim_step", scale=1.1, temperature=0.9)),
+    ("--S 3 --eta 0.25 --spacing quadratic --no-clip_x0 --eps_scale 0.9 --temperature 0.8",
+     dict(S=3, eta=0.25, spacing="quadratic", clip_x0=False, step="ddim_step", scale=0.9, temperature=0.8)),
+    ("--eta 1 --sigma_hat --eps_scale 1 --temperature 1",
+     dict(S=5, eta=1.0, spacing="linear", clip_x0=True, step="sigma_hat_step", scale=1.0,
+          temperature=1.0))])
 def test_every_sampling_flag_reaches_the_sampler(argv, expected, ddpm_run, tmp_path, monkeypatch):
     class Done(Exception):
         pass
@@ -396,8 +396,8 @@ def test_every_sampling_flag_reaches_the_sampler(argv, expected, ddpm_run, tmp_p
         assert schedule.T == 20 and not network.training
         t = torch.full((len(xT),), 3)
         assert_close(model(xT, t), scale * network(xT, t))
-        found = dict(S=S, eta=eta, spacing=spacing, clip_x0=clip_x0, scale=scale, temperature=temperature,
-                     step=step.__name__)
+        found = dict(S=S, eta=eta, spacing=spacing, clip_x0=clip_x0, scale=scale,
+                     temperature=temperature, step=step.__name__)
         assert found == expected
         raise Done
 
@@ -405,17 +405,17 @@ def test_every_sampling_flag_reaches_the_sampler(argv, expected, ddpm_run, tmp_p
     monkeypatch.setattr(ddim, "scaled", lambda *given: asked.append(given) or true(*given))
     monkeypatch.setattr(ddim, "ddim_process", spy)
     with pytest.raises(Done):
-        ddim.main(["--sample", str(ddpm_run), "--out", str(tmp_path), *argv])
+        ddim.main(["--sample", str(ddpm_run), "--out", str(tmp_path), *argv.split()])
 
 
 def test_a_scaled_network_is_scaled_alone(schedule):
     """By 1 it is the network; by more the samples of a Gaussian are narrower, as at a lower temperature."""
     model, xT = gaussian_eps(schedule), torch.randn(4000, 1, 1, 1).double()
-    same, sharp = (ddim.ddim_sample(ddim.scaled(model, scale), xT.shape, schedule, 50, clip_x0=False, xT=xT)
-                   for scale in (1.0, 1.15))
-    assert_close(same, ddim.ddim_sample(model, xT.shape, schedule, 50, clip_x0=False, xT=xT))
+    plain, same, sharp = (
+        ddim.ddim_sample(each, xT.shape, schedule, 50, clip_x0=False, xT=xT)
+        for each in (model, ddim.scaled(model, 1.0), ddim.scaled(model, 1.15)))
+    assert_close(same, plain)
     assert sharp.std() < 0.9 * same.std()
-    assert ddim.PRESETS["paper"].eps_scale == 1.0 < ddim.Config.eps_scale
 
 
 @pytest.mark.parametrize("eta, step", [(0.0, "ddim_step"), (0.5, "ddim_step"), (1.0, "sigma_hat_step")])
@@ -424,11 +424,11 @@ def test_the_temperature_is_a_factor_of_all_noise(eta, step, schedule):
     xT, found = noise(50), {}
     for temperature in (0.0, 0.7, 1.0):
         torch.manual_seed(1)
-        found[temperature] = end(ddim.ddim_process(gaussian_eps(schedule), xT, schedule, 20, eta, "linear", False,
-                                                   temperature, getattr(ddim, step)))
+        found[temperature] = end(ddim.ddim_process(
+            gaussian_eps(schedule), xT, schedule, 20, eta, "linear", False, temperature,
+            getattr(ddim, step)))
     assert found[0.0].std() < 1e-9 < found[1.0].std()
     assert_close(found[0.7], 0.3 * found[0.0] + 0.7 * found[1.0])
     how = dict(schedule=schedule, S=20, clip_x0=False)
     assert_close(ddim.ddim_sample(gaussian_eps(schedule), xT.shape, xT=xT, temperature=0.7, **how),
                  ddim.ddim_sample(gaussian_eps(schedule), xT.shape, xT=0.7 * xT, **how))
-    assert ddim.PRESETS["paper"].temperature == 1 > ddim.Config.temperature

@@ -138,37 +138,23 @@ def test_logit_normal_t_are_the_sigmoid_of_a_normal_one_in_each_nth_but_for_one_
     assert set(ddpm.draw_t(1000, 2, "logit_normal").tolist()) == {1, 2}
 
 
-def test_t_is_uniform_on_1_to_T_and_the_network_sees_it():
+def test_uniform_t_are_on_1_to_T_and_each_picture_gets_the_noise_of_its_own():
     schedule, seen = ddpm.make_schedule("linear", 5), []
-    x0 = torch.zeros(20_000, 1, 1, 1)
+    t = ddpm.draw_t(20_000, 5, "uniform")
+    assert t.dtype == torch.int64 and t.shape == (20_000,)
+    shares = torch.bincount(t, minlength=7).double() / len(t)
+    assert_close(shares, torch.tensor([0, 0.2, 0.2, 0.2, 0.2, 0.2, 0]).double(), rtol=0, atol=0.02)
 
     def network(x, t):
         seen.append((x, t))
         return torch.zeros_like(x)
 
-    ddpm.ddpm_loss(network, x0, schedule)
-    x, t = seen[0]
-    assert t.dtype == torch.int64 and t.shape == (20_000,)
-    shares = torch.bincount(t, minlength=7).double() / len(t)
-    assert_close(shares, torch.tensor([0, 0.2, 0.2, 0.2, 0.2, 0.2, 0]).double(), rtol=0, atol=0.02)
-    for value in range(1, 6):  # each picture got the noise of its own t
+    x0, eps = torch.zeros(20_000, 1, 1, 1), torch.randn(20_000, 1, 1, 1)
+    ddpm.ddpm_loss(network, x0, t, eps, schedule)
+    x, asked = seen[0]
+    assert torch.equal(asked, t)
+    for value in range(1, 6):
         assert_close(x[t == value].var(), 1 - schedule.alpha_bars[value], rtol=0.1, atol=0)
-
-
-def test_training_draws_t_at_both_ends(tmp_path, monkeypatch):
-    seen, q_sample = [], ddpm.q_sample
-
-    def spy(x0, t, eps, alpha_bars):
-        if isinstance(t, torch.Tensor):  # the loss; a preview has one t for all its pictures
-            seen.append((t, eps, x0))
-        return q_sample(x0, t, eps, alpha_bars)
-
-    monkeypatch.setattr(ddpm, "q_sample", spy)
-    cfg, run, data = open_run(ddpm, tmp_path, "--T", 4, "--batch_size", 32)
-    ddpm.train(cfg, run, data)
-    t = torch.cat([t for t, _, _ in seen])
-    assert set(t.tolist()) == {1, 2, 3, 4} and len(t) == 6 * 32
-    assert not torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[0][2], seen[1][2])
 
 
 def test_loss_is_the_mean_squared_error_of_eps():
@@ -180,10 +166,10 @@ def test_loss_is_the_mean_squared_error_of_eps():
         alpha_bar = schedule.alpha_bars[t].view(-1, 1, 1, 1)
         return (xt - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
 
-    loss = ddpm.ddpm_loss(knows, x0, schedule, t, eps)
+    loss = ddpm.ddpm_loss(knows, x0, t, eps, schedule)
     assert loss.shape == ()
     assert_close(loss.item(), 0.0, atol=1e-8, rtol=0)
-    half = ddpm.ddpm_loss(lambda x, t: knows(x, t) / 2, x0, schedule, t, eps)
+    half = ddpm.ddpm_loss(lambda x, t: knows(x, t) / 2, x0, t, eps, schedule)
     assert_close(half, (eps**2).mean() / 4, rtol=1e-3, atol=1e-5)
 
 
@@ -192,12 +178,12 @@ def test_loss_of_the_exact_eps_is_the_variance_that_no_network_can_remove(t):
     schedule = ddpm.make_schedule("linear", 100)
     exact = ExactEps(schedule.alpha_bars, [1.0], [[0.0]], [[[0.25]]])
     x0, _ = exact.draw(50_000)
-    loss = ddpm.ddpm_loss(exact, x0, schedule, torch.full((50_000,), t))
+    given = x0, torch.full((50_000,), t), torch.randn_like(x0), schedule
+    loss = ddpm.ddpm_loss(exact, *given)
     alpha_bar = schedule.alpha_bars[t].item()  # Var[eps | x_t] of a Gaussian
     left = alpha_bar * 0.25 / (alpha_bar * 0.25 + 1 - alpha_bar)
     assert_close(loss.item(), left, rtol=0.03, atol=1e-4)
-    worse = ddpm.ddpm_loss(lambda x, t: 0.9 * exact(x, t), x0, schedule, torch.full((50_000,), t))
-    assert worse > loss or t == 1
+    assert ddpm.ddpm_loss(lambda x, t: 0.9 * exact(x, t), *given) > loss or t == 1
 
 
 # Variational bound
@@ -428,8 +414,8 @@ def test_the_temperature_is_a_factor_of_all_noise(variance):
     schedule, xT, found = ddpm.make_schedule("linear", 10), torch.randn(50, 2, 1, 1), {}
     for temperature in (0.0, 0.7, 1.0):
         torch.manual_seed(1)
-        found[temperature] = ddpm.sample(gaussian_eps(schedule.alpha_bars), xT.shape, schedule, variance, False, xT,
-                                         temperature)
+        found[temperature] = ddpm.sample(gaussian_eps(schedule.alpha_bars), xT.shape, schedule,
+                                         variance, False, xT, temperature)
     assert found[0.0].std(0).max() < 1e-5 < found[1.0].std(0).min()
     assert_close(found[0.7], 0.3 * found[0.0] + 0.7 * found[1.0], rtol=1e-4, atol=1e-5)
 
@@ -671,10 +657,9 @@ def test_timestep_embedding_is_that_of_vaswani():
 
 
 def in_training(out, model, step, *argv):
-    """Call step() inside the first step of run.training, where the flags in argv apply to model."""
+    """Call step() inside the first step of run.steps, where the flags in argv apply to model."""
     _, run, _ = open_run(ddpm, out, *argv)
-    optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    for _ in run.training(1, model, optimizer, keep=False):
+    for _ in run.steps(1, save=False, model=model):
         found = step()
     assert not any("forward" in vars(module) for module in model.modules())
     return found
@@ -710,27 +695,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(dropout, tmp_path):
         assert (without - gradients[0][""]).abs().max() > 1e-3  # dropout was at work
 
 
-def test_mixed_precision_is_inside_the_network_alone(tmp_path):
-    model, seen = unet(), []
-    model.conv_in.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 9])
-
-    def step():
-        out = model(x, t)
-        out.square().mean().backward()
-        return out
-
-    plain = in_training(tmp_path, model, step)
-    mixed = in_training(tmp_path, model, step, "--amp", "bf16")
-    assert seen == [torch.float32, torch.bfloat16]
-    assert mixed.dtype == torch.float32  # the loss is computed in full precision
-    assert not torch.equal(mixed, plain)
-    assert_close(mixed, plain, rtol=0.1, atol=0.1)
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
-    model(x, t)
-    assert seen[-1] == torch.float32  # after the loop the network is as before
-
-
 def test_compile_compiles_the_network(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
@@ -758,39 +722,66 @@ def test_ema_warms_up_and_copies_buffers():
 
 
 @pytest.mark.slow
-def test_training_lowers_the_loss_and_returns_the_average(tmp_path):
+def test_training_lowers_the_loss(tmp_path):
     cfg, run, data = open_run(
         ddpm, tmp_path, "--steps", 40, "--lr", "3e-3", "--preview_every", 100)
-    model = ddpm.train(cfg, run, data)
+    ddpm.train(cfg, run, data)
     log = run.read_log()
     assert log["step"] == list(range(1, 41))
     assert np.mean(log["loss"][-5:]) < 0.7 * np.mean(log["loss"][:5])
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
-    stored = torch.load(run.path("checkpoint.pt"), weights_only=True)
-    for name, value in model.state_dict().items():
-        assert_close(value, stored["ema"][name], rtol=0, atol=0)
-    assert any(not torch.equal(stored["ema"][k], stored["model"][k]) for k in stored["model"])
-    # the learning rate of the flags reached the optimiser: the peak after two steps, cosine to 0
-    assert_close(log["lr"][0], 3e-3 / 2, rtol=1e-3, atol=0)
-    assert_close(log["lr"][20], 3e-3 / 2, rtol=1e-3, atol=0)
 
 
-def test_training_hands_the_algorithm_what_the_config_says(tmp_path, monkeypatch):
-    """Batches of the training part, mirrored on request; the norm to clip to; AdamW's decay."""
-    cfg, run, data = open_run(ddpm, tmp_path, "--steps", 2, "--flip", "--grad_clip", "0.25",
-                              "--weight_decay", "0.5", "--lr", "0.125", "--ema", "0.75")
-    seen, batch, backward, loop = [], run.batch, run.backward, run.training
-    monkeypatch.setattr(run, "batch", lambda *a: seen.append(("batch", a)) or batch(*a))
-    monkeypatch.setattr(run, "backward", lambda loss, optimizer, clip: (
-        seen.append(("clip", clip)), backward(loss, optimizer, clip)))
-    monkeypatch.setattr(run, "training", lambda steps, model, optimizer, *a, **k: (
-        seen.append(("optimizer", optimizer.defaults)), loop(steps, model, optimizer, *a, **k))[1])
+@pytest.mark.parametrize("flip", [False, True])
+def test_training_sees_the_training_pictures_mirrored_on_request(flip, tmp_path, monkeypatch):
+    """Left to right and no other; with AdamW's own decay of the weights. test_glue.py has the rest."""
+    seen = []
+    spied(monkeypatch, ddpm, "ddpm_loss", lambda given, _: seen.append(given["x0"]))
+    cfg, run, data = open_run(ddpm, tmp_path, "--batch_size", 16, "--weight_decay", "0.5",
+                              *["--flip"] * flip)
     ddpm.train(cfg, run, data)
-    assert seen[0][0] == "optimizer"
-    assert seen[0][1]["lr"] == 0.125 and seen[0][1]["weight_decay"] == 0.5
-    for name, what in seen[1:]:
-        if name == "batch":
-            assert what[0] is data and what[1:] == (8, True)
-        else:
-            assert what == 0.25
-    assert [name for name, _ in seen[1:]] == ["batch", "clip"] * 2
+    x0 = torch.cat(seen)
+    assert x0.shape == (6 * 16, 1, 28, 28) and len(torch.unique(x0.flatten(1), dim=0)) > 80
+
+    def among(x, part):
+        distance = torch.cdist(x.flatten(1), part.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+        return distance.min(1).values < 1e-4
+
+    as_is, mirrored = among(x0, data.train), among(x0.flip(3), data.train)
+    assert (as_is | mirrored).all() and not among(x0, data.test).any()
+    assert 0.25 < mirrored.float().mean() < 0.75 if flip else as_is.all()
+    state = torch.load(run.path("checkpoint.pt"), weights_only=True)
+    assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5]
+
+
+# Main
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run folder with a checkpoint, made by the smoke preset's six steps."""
+    cfg, run, data = open_run(ddpm, tmp_path_factory.mktemp("ddpm"))
+    ddpm.train(cfg, run, data)
+    return run.folder
+
+
+@pytest.mark.parametrize("argv, expected", [
+    ("", dict(variance="beta_tilde", clip_x0=True, scale=1.1, temperature=0.9)),
+    ("--variance beta --no-clip_x0 --eps_scale 0.9 --temperature 0.8",
+     dict(variance="beta", clip_x0=False, scale=0.9, temperature=0.8))])
+def test_every_sampling_flag_reaches_the_sampler(argv, expected, run_folder, tmp_path, monkeypatch):
+    class Done(Exception):
+        pass
+
+    def spy(model, xT, schedule, variance, clip_x0, temperature):
+        network, scale = asked[0]
+        assert schedule.T == 20 and isinstance(network, ddpm.UNet) and not network.training
+        t = torch.full((len(xT),), 3)
+        assert_close(model(xT, t), scale * network(xT, t))
+        assert dict(variance=variance, clip_x0=clip_x0, scale=scale, temperature=temperature) == expected
+        raise Done
+
+    asked, true = [], ddpm.scaled
+    monkeypatch.setattr(ddpm, "scaled", lambda *given: asked.append(given) or true(*given))
+    monkeypatch.setattr(ddpm, "reverse_process", spy)
+    with pytest.raises(Done):
+        ddpm.main(["--sample", str(run_folder), "--out", str(tmp_path), *argv.split()])

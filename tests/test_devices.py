@@ -14,7 +14,6 @@ import ddim_example as ddim
 import ddpm_example as ddpm
 import latent_diffusion_example as latent
 import score_based_diffusion_example as sb
-from common import ode
 
 import pytest
 import torch
@@ -231,7 +230,8 @@ def test_linear_schedule_is_to_the_bit_that_of_its_formula(T):
 def test_losses_on_a_device(name, device):
     module = DISCRETE[name]
     schedule, net = module.make_schedule("cosine", 5).to(device), unet(module).to(device)
-    loss = module.ddpm_loss(net, torch.randn(SHAPE, device=device), schedule)
+    x0, eps, t = *torch.randn(2, *SHAPE, device=device), torch.tensor([1, 5], device=device)
+    loss = module.ddpm_loss(net, x0, t, eps, schedule)
     loss.backward()
     assert_there(loss, *(p.grad for p in net.parameters() if p.grad is not None))
 
@@ -287,9 +287,9 @@ def test_guidance_on_a_device(backbone, guidance, sampler, device):
                                         xT=xT), shape=SHAPE)
     dropped = conditional.drop_labels(y, 0.5, 3)
     assert dropped.device == device and dropped.dtype == torch.int64
-    x = torch.randn(SHAPE, device=device)
+    x, t = torch.randn(SHAPE, device=device), torch.tensor([1, 2], device=device)
     for loss in (conditional.ddpm_loss, conditional.v_loss):
-        loss(functools.partial(net, y=dropped), x, schedule).backward()
+        loss(functools.partial(net, y=dropped), x, t, torch.randn_like(x), schedule).backward()
     assert_there(*(p.grad for p in net.parameters() if p.grad is not None))
     assert_there(conditional.per_image(torch.tensor([1.0, 2.0], dtype=torch.float64), x))
 
@@ -370,7 +370,7 @@ def test_likelihood_on_a_device(name, trace, probe, device):
 
 def test_solver_comes_back_to_the_device_in_its_dtype(device):
     x = torch.ones(3, device=device)
-    for _, (state,) in ode.solve(lambda state, t: state, (x,), 0.0, 1.0, 0.1):
+    for _, (state,) in sb.solve(lambda state, t: state, (x,), 0.0, 1.0, 0.1):
         assert_there(state, shape=(3,))
 
 
@@ -379,7 +379,7 @@ def test_solver_comes_back_to_the_device_in_its_dtype(device):
 
 # (file, receiver of .double()): why it is on the CPU without .cpu()
 ON_THE_CPU = {
-    ("metrics.py", "(torch.cdist(points, centres) <= radius).any(1)"): "features are numpy arrays"}
+    ("quality.py", "(torch.cdist(points, centres) <= radius).any(1)"): "features are numpy arrays"}
 DOUBLE = ("float64", "double")
 
 
@@ -413,13 +413,14 @@ def test_float64_is_made_on_the_cpu(path):
 
 
 def test_the_walk_sees_float64_on_a_device():
-    path = ROOT / "common" / "ode.py"
+    path = ROOT / "common" / "quality.py"
     for wrong in ("x.double().cpu()", "x.double()", "x.to(torch.float64)", "x.to(device, torch.float64)",
                   "torch.zeros(3, dtype=torch.float64, device=x.device)",
                   "torch.zeros_like(x, dtype=torch.float64)", "x.new_zeros(3, dtype=torch.double)",
                   "x.cpu().to(device, torch.float64)"):
         assert list(offences(path, wrong)), wrong
-    for right in ("x.cpu().double().mean()", "torch.arange(3, dtype=torch.float64)", "x.cpu().to(torch.float64)"):
+    for right in ("x.cpu().double().mean()", "torch.arange(3, dtype=torch.float64)",
+                  "x.cpu().to(torch.float64)"):
         assert not list(offences(path, right)), right
     texts = {path.name: path.read_text() for path in SOURCES}
     assert all(f"{receiver}.double()" in texts[name] for name, receiver in ON_THE_CPU)  # none is stale

@@ -1,20 +1,20 @@
-"""What stands between the mathematics of a script and its run, one test for all five scripts.
+"""What stands between the mathematics of a script and its run: the lines of `train` and of `main`.
 
-Toy pictures of 8 x 8 make every run a second or less; each test fails when its line of `train`,
-`main` or common/runs.py is broken.
+Toy pictures of 8 x 8 make every training a second or less; each test fails when its line is broken.
+DDIM's `train` is DDPM's to the letter, see test_drift.py. What one script alone does is in its own file.
 """
 
-import inspect
 import json
+from types import SimpleNamespace
 
 import conditional_diffusion_example as conditional
 import ddim_example as ddim
 import ddpm_example as ddpm
 import latent_diffusion_example as latent
 import score_based_diffusion_example as score_based
-from common import metrics
+from common import quality
 from common.data import Data
-from common.runs import Run
+from common.run import Run
 
 import pytest
 import torch
@@ -22,9 +22,9 @@ from conftest import open_run, script_name
 from torch.testing import assert_close
 
 MODULES = (ddpm, ddim, latent, conditional, score_based)
+LOSS = {ddpm: "ddpm_loss", latent: "ddpm_loss", conditional: "v_loss", score_based: "score_loss"}
 every_script = pytest.mark.parametrize("module", MODULES, ids=script_name)
-LOSS = {module: "ddpm_loss" for module in MODULES} | {
-    conditional: "v_loss", score_based: "score_loss"}
+every_loop = pytest.mark.parametrize("module", LOSS, ids=script_name)
 
 
 def toy(n=48, side=8):
@@ -37,215 +37,157 @@ def toy(n=48, side=8):
     return Data("toy", x[:n // 2], x[n // 2:], y[:n // 2], y[n // 2:], ("left", "right"))
 
 
-def prepared(module, out, *argv, data=None):
-    """(cfg, run, data) of a smoke run on toy pictures."""
-    cfg, run, _ = open_run(module, out, "--image_size", 8, *argv)
-    return cfg, run, toy() if data is None else data
-
-
-def trained(module, out, *argv, data=None):
+def trained(module, out, *argv):
     """(cfg, run, what train returned as its network) of a smoke run on toy pictures."""
-    cfg, run, data = prepared(module, out, *argv, data=data)
-    model = module.train(cfg, run, data)
+    cfg, run, _ = open_run(module, out, "--image_size", 8, *argv)
+    model = module.train(cfg, run, toy())
     return cfg, run, model[0] if module is latent else model
 
 
-@pytest.fixture
-def steps(monkeypatch):
-    """The optimiser's steps as they happen: dicts of lr, gradients and weights after each.
+# Training
 
-    Stage 1 of the latent script has an optimiser of its own and is left out.
+
+@pytest.fixture(scope="module", params=LOSS, ids=script_name)
+def recorded(request, tmp_path_factory):
+    """A training, and what its AdamW did at each step; stage 1 of the latent script has an Adam.
+
+    loss_gradients: of the loss alone. Every process but this one has gradients of 0.
     """
-    seen, true = [], torch.optim.AdamW.step
+    module, seen = request.param, SimpleNamespace(steps=[], loss_gradients=[])
+    true_step, true_loss = torch.optim.AdamW.step, getattr(module, LOSS[module])
 
-    def spy(optimizer, *args, **kwargs):
+    def step(optimizer, *args, **kwargs):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        record = {"lr": [group["lr"] for group in optimizer.param_groups],
-                  "peak": optimizer.defaults["lr"], "optimizer": optimizer,
-                  "before": [p.detach().clone() for p in parameters],
-                  "gradients": [p.grad.clone() for p in parameters]}
-        out = true(optimizer, *args, **kwargs)
-        record["weights"] = [p.detach().clone() for p in parameters]
-        seen.append(record)
+        record = SimpleNamespace(lr=[group["lr"] for group in optimizer.param_groups],
+                                 before=[p.detach().clone() for p in parameters],
+                                 gradients=[p.grad.clone() for p in parameters])
+        out = true_step(optimizer, *args, **kwargs)
+        record.weights = [p.detach().clone() for p in parameters]
+        seen.steps.append(record)
         return out
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    def loss(model, *args, **kwargs):
+        out = true_loss(model, *args, **kwargs)
+        parameters = list(getattr(model, "func", model).parameters())
+        seen.loss_gradients.append(torch.autograd.grad(out, parameters, retain_graph=True))
+        return out
+
+    def average(run, model):
+        for p in model.parameters():
+            p.grad /= 2
+
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        patch.setattr(module, LOSS[module], loss)
+        patch.setattr(Run, "average_gradients", average)
+        seen.cfg, seen.run, seen.model = trained(
+            module, tmp_path_factory.mktemp("recorded"), "--lr", "0.01", "--warmup", "3",
+            "--ema", "0.6", "--grad_clip", "0.01")
+    assert len(seen.steps) == len(seen.loss_gradients) == seen.cfg.steps == 6
     return seen
 
 
-def of_last_loop(seen):
-    """The steps of the optimiser that stepped last."""
-    return [record for record in seen if record["optimizer"] is seen[-1]["optimizer"]]
+@pytest.mark.slow
+def test_the_learning_rate_reaches_the_optimiser_and_the_log(recorded):
+    shares = [min(1, (step + 1) / 3) * (1 + torch.cos(torch.tensor(torch.pi * step / 6)).item()) / 2
+              for step in range(6)]
+    rates = [0.01 * share for share in shares]
+    assert [rate for record in recorded.steps for rate in record.lr] == pytest.approx(rates, rel=1e-5)
+    assert recorded.run.read_log()["lr"] == pytest.approx(rates, rel=1e-5)
 
 
 @pytest.mark.slow
-@every_script
-@pytest.mark.parametrize("decay", ["cosine", "constant"])
-def test_the_learning_rate_reaches_the_optimiser(module, decay, tmp_path, steps):
-    cfg, run, _ = trained(module, tmp_path, "--decay", decay, "--warmup", "3", "--lr", "0.01")
-    for record in steps:
-        assert len(set(record["lr"])) == 1
-    rates = [record["lr"][0] for record in of_last_loop(steps)]
-    expected = []
-    for step in range(cfg.steps):
-        share = min(1, (step + 1) / 3)
-        if decay == "cosine":
-            share *= (1 + torch.cos(torch.tensor(torch.pi * step / cfg.steps)).item()) / 2
-        expected.append(0.01 * share)
-    assert rates == pytest.approx(expected, rel=1e-5)
-    assert run.read_log()["lr"] == pytest.approx(expected, rel=1e-5)
+def test_the_gradient_is_of_this_batch_alone_averaged_then_clipped(recorded):
+    """No gradient of an earlier step is left, and none is missing; the log has the norm before the clip."""
+    for record, of_loss, logged in zip(recorded.steps, recorded.loss_gradients,
+                                       recorded.run.read_log()["grad_norm"], strict=True):
+        norm = torch.stack([g.norm() for g in of_loss]).norm().item() / 2
+        assert logged == pytest.approx(norm, rel=1e-4) and norm > 0.02
+        for found, gradient in zip(record.gradients, of_loss, strict=True):
+            assert_close(found, gradient / 2 * 0.01 / norm, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.slow
-@every_script
-def test_gradients_are_clipped(module, tmp_path, steps):
-    cfg, run, _ = trained(module, tmp_path, "--grad_clip", "0.01")
-    for record in of_last_loop(steps):
-        norm = torch.stack([g.norm() for g in record["gradients"]]).norm().item()
-        assert norm == pytest.approx(0.01, rel=1e-3)
-    assert min(run.read_log()["grad_norm"]) > 0.02  # what is logged is the norm before
-
-
-@pytest.mark.slow
-@every_script
-def test_the_gradient_is_that_of_this_batch_alone(module, tmp_path, steps, monkeypatch):
-    """No gradient of an earlier step is left, and none is missing."""
-    expected, true = [], getattr(module, LOSS[module])
-
-    def spy(model, *args, **kwargs):
-        loss = true(model, *args, **kwargs)
-        if loss.requires_grad:
-            network = getattr(model, "func", model)
-            expected.append(torch.autograd.grad(
-                loss, list(network.parameters()), retain_graph=True, allow_unused=True))
-        return loss
-
-    monkeypatch.setattr(module, LOSS[module], spy)
-    trained(module, tmp_path, "--grad_clip", "1e6")
-    records = of_last_loop(steps)
-    assert len(records) == len(expected) == 6
-    for record, gradients in zip(records, expected, strict=True):
-        for found, wanted in zip(record["gradients"], gradients, strict=True):
-            assert_close(found, wanted, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.slow
-@every_script
-def test_what_is_returned_is_the_average_of_the_weights(module, tmp_path, steps):
-    cfg, run, model = trained(module, tmp_path, "--lr", "0.01", "--ema", "0.6")
-    records = of_last_loop(steps)
-    average = records[0]["before"]
-    for n, record in enumerate(records):
+def test_what_is_returned_is_the_average_of_the_weights(recorded):
+    """In eval mode; the checkpoint holds it and the weights themselves."""
+    model, steps = recorded.model, recorded.steps
+    average = steps[0].before
+    for n, record in enumerate(steps):
         decay = min(0.6, (1 + n) / (10 + n))
-        average = [decay * a + (1 - decay) * w
-                   for a, w in zip(average, record["weights"], strict=True)]
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, record.weights, strict=True)]
     assert not model.training and not any(p.requires_grad for p in model.parameters())
-    for found, wanted in zip(model.parameters(), average, strict=True):
-        assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    assert any(not torch.equal(a, w) for a, w in zip(average, records[-1]["weights"], strict=True))
-    state = torch.load(run.path("checkpoint.pt"), weights_only=True)
+    state = torch.load(recorded.run.path("checkpoint.pt"), weights_only=True)
     for name, value in model.state_dict().items():
         assert torch.equal(state["ema"][name], value)
-    for value, wanted in zip(state["model"].values(), records[-1]["weights"], strict=False):
-        if value.shape == wanted.shape:
-            break
-    else:
-        raise AssertionError("the weights themselves are not in the checkpoint")
+    for (name, found), wanted, last in zip(model.named_parameters(), average, steps[-1].weights,
+                                           strict=True):
+        assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        assert torch.equal(state["model"][name], last)
+    assert any(not torch.equal(a, w) for a, w in zip(average, steps[-1].weights, strict=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [ddpm, ddim, latent, conditional], ids=script_name)
-def test_training_draws_every_t_from_1_to_T(module, tmp_path, monkeypatch):
-    seen, true = [], module.q_sample
-
-    def spy(x0, t, eps, alpha_bars):
-        if isinstance(t, torch.Tensor):
-            seen.append((t, x0, eps))
-        return true(x0, t, eps, alpha_bars)
-
-    monkeypatch.setattr(module, "q_sample", spy)
-    trained(module, tmp_path, "--T", "4", "--batch_size", "24")
-    ts = torch.cat([t for t, _, _ in seen])
-    assert set(ts.tolist()) == {1, 2, 3, 4} and ts.dtype == torch.int64
-    (_, x0, eps), (_, next_x0, next_eps) = seen[:2]
-    assert not torch.equal(eps, next_eps) and not torch.equal(x0, next_x0)
-    assert abs(torch.cat([eps for _, _, eps in seen]).std() - 1) < 0.1
-
-
-def test_score_training_draws_t_up_to_T(tmp_path, monkeypatch):
-    seen, true = [], score_based.network_eps
-
-    def spy(model, sde, xt, t):
-        seen.append(t)
-        return true(model, sde, xt, t)
-
-    monkeypatch.setattr(score_based, "network_eps", spy)
-    trained(score_based, tmp_path, "--batch_size", "64", "--preview_every", "100", "--weighting", "simple")
-    t = torch.cat(seen)
-    assert len(t) == 6 * 64 and t.min() < 0.02 and 0.98 < t.max() <= 1
-    assert abs(t.mean() - 0.5) < 0.06
-
-
-def pictures_of(module, monkeypatch):
-    """The pictures that train hands on, as they come: to its loss, or to the autoencoder's."""
-    seen, name = [], "vae_loss" if module is latent else LOSS[module]
-    place = {latent: 0, score_based: 2}.get(module, 1)
-    true = getattr(module, name)
-
-    def spy(*args, **kwargs):
-        seen.append(args[place].detach().clone())
-        return true(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, spy)
-    return seen
+@pytest.mark.parametrize("module", [ddpm, latent, conditional], ids=script_name)
+@pytest.mark.parametrize("drawing", ["uniform", "logit_normal"])
+def test_each_step_draws_its_pictures_its_t_and_its_noise(module, drawing, tmp_path, monkeypatch):
+    drawn, given, true, loss = [], [], module.draw_t, getattr(module, LOSS[module])
+    monkeypatch.setattr(module, "draw_t", lambda *how: drawn.append((how, true(*how))) or drawn[-1][1])
+    monkeypatch.setattr(module, LOSS[module], lambda *a: given.append(a[1:4]) or loss(*a))
+    monkeypatch.setattr(module, "figure_preview", lambda *_: None)
+    cfg, _, _ = trained(module, tmp_path, "--drawing", drawing, "--batch_size", "24")
+    assert [how for how, _ in drawn] == [(24, cfg.T, drawing)] * 6
+    for (_, t), (_, asked, _) in zip(drawn, given, strict=True):
+        assert asked is t or torch.equal(asked, t)
+    for (x0, t, eps), (next_x0, next_t, next_eps) in zip(given[:-1], given[1:], strict=True):
+        assert not any(map(torch.equal, (x0, t, eps), (next_x0, next_t, next_eps)))
+    eps = torch.cat([eps for _, _, eps in given])
+    assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1
+    assert len(eps[:, 0, 0, 0].unique()) == len(eps)
 
 
 @pytest.mark.slow
-@every_script
-def test_training_sees_the_training_pictures_and_no_other(module, tmp_path, monkeypatch):
-    seen, data = pictures_of(module, monkeypatch), toy()
-    trained(module, tmp_path, data=data)
-    tolerance = 1.5 / 128 if module is score_based else 1e-6  # dequantised within its bin
-    for x in torch.cat(seen):
-        gap = (data.train - x).abs().flatten(1).amax(1)
-        assert gap.min() < tolerance
-        assert (data.test - x).abs().flatten(1).amax(1).min() > tolerance
-    assert torch.unique(torch.cat(seen).flatten(1), dim=0).shape[0] > 8  # not one alone
+@every_loop
+def test_mixed_precision_is_in_the_network_alone(module, tmp_path, monkeypatch):
+    inside, losses, true = [], [], getattr(module, LOSS[module])
+
+    def loss(model, *args):
+        network = getattr(model, "func", model)
+        conv = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
+        hook = conv.register_forward_hook(lambda _, __, out: inside.append(out.dtype))
+        losses.append(true(model, *args))
+        hook.remove()
+        return losses[-1]
+
+    monkeypatch.setattr(module, LOSS[module], loss)
+    cfg, run, model = trained(module, tmp_path, "--amp", "bf16")
+    assert inside == [torch.bfloat16] * 6 and [loss.dtype for loss in losses] == [torch.float32] * 6
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.slow
-@every_script
-def test_pictures_are_mirrored_left_to_right(module, tmp_path, monkeypatch):
-    seen, data = pictures_of(module, monkeypatch), toy()
-    dequantised = ("--no-dequantize",) if module is score_based else ()
-    trained(module, tmp_path, "--flip", "--batch_size", "16", *dequantised, data=data)
-    mirrored = [0, 0]
-    for x in torch.cat(seen):
-        same = (data.train - x).abs().flatten(1).amax(1).min() < 1e-6
-        other = (data.train - x.flip(2)).abs().flatten(1).amax(1).min() < 1e-6
-        assert same or other  # flipped upside down it would be neither
-        mirrored[int(other)] += 1
-    assert min(mirrored) > 0.25 * sum(mirrored)
-
-
-@pytest.mark.slow
-@every_script
+@every_loop
 def test_previews_leave_the_training_alone(module, tmp_path):
     _, run, often = trained(module, tmp_path / "a", "--preview_every", "1")
     assert run.path("preview.png").stat().st_size > 1000
+    torch.manual_seed(0)
     _, _, seldom = trained(module, tmp_path / "b", "--preview_every", "100")
     for a, b in zip(often.parameters(), seldom.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.slow
 @every_script
-def test_gradient_checkpointing_trains_the_same(module, tmp_path):
-    argv = ("--dropout", "0.2", "--steps", "3")
-    _, _, plain = trained(module, tmp_path / "a", *argv)
-    _, _, saving = trained(module, tmp_path / "b", *argv, "--grad_checkpointing")
-    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
-        assert_close(a, b, rtol=1e-4, atol=1e-6)
+def test_the_presets_of_papers_draw_as_the_papers_do(module):
+    """t uniform in training, eps_hat as it is, all noise whole."""
+    papers = {"drawing": "uniform", "weighting": "simple", "eps_scale": 1.0, "temperature": 1.0}
+    for preset, cfg in module.PRESETS.items():
+        if preset in ("laptop", "smoke"):
+            assert vars(cfg).get("drawing", vars(cfg).get("weighting")) == "logit_normal"
+        else:
+            assert all(vars(cfg).get(name, value) == value for name, value in papers.items()), preset
+
+
+# Main
 
 
 class Stop(Exception):
@@ -280,107 +222,34 @@ def smoke_runs(tmp_path_factory):
 
 
 @pytest.mark.slow
-@every_script
-def test_sample_draws_by_the_average_in_eval_mode(module, smoke_runs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", [ddpm, ddim, latent, conditional], ids=script_name)
+def test_sample_draws_by_the_average_from_noise_times_the_temperature(module, smoke_runs, tmp_path,
+                                                                      monkeypatch):
     state = torch.load(smoke_runs[module] / "checkpoint.pt", weights_only=True)
-    network, _, n = drawn(module, monkeypatch, "--sample", smoke_runs[module], "--n_samples", 3,
-                          "--out", tmp_path)
+    network, states, n = drawn(module, monkeypatch, "--sample", smoke_runs[module], "--n_samples", 3,
+                               "--temperature", 0.5, "--out", tmp_path)
     assert not network.training and not any(p.requires_grad for p in network.parameters())
     for name, value in network.state_dict().items():
         assert torch.equal(value, state["ema"][name])
     assert any(not torch.equal(state["ema"][k], state["model"][k]) for k in state["model"])
     assert n == 3
+    every = list(states(range(64)))
+    ts = [t for t, _ in every]
+    assert ts == sorted(ts, reverse=True) and ts[0] == state["config"]["T"] and ts[-1] == 0
+    xT, x0 = every[0][1], every[-1][1]
+    assert abs(xT.std() - 0.5) < 0.03 and len(xT[:, 0, 0, 0].unique()) == 64
+    assert x0.shape == ((64, 1, 32, 32) if module is latent else (64, 1, 28, 28))
 
 
 @pytest.mark.slow
-@every_script
+@pytest.mark.parametrize("module", [ddpm, ddim, latent, conditional], ids=script_name)
 def test_a_fresh_run_draws_by_what_it_trained(module, tmp_path, monkeypatch):
-    network, _, _ = drawn(module, monkeypatch, "--preset", "smoke", "--steps", "2", "--out", tmp_path)
+    network, _, _ = drawn(module, monkeypatch, "--preset", "smoke", "--steps", 2, "--out", tmp_path)
     state = torch.load(next((tmp_path / script_name(module)).glob("*/checkpoint.pt")),
                        weights_only=True)
     assert not network.training
     for name, value in network.state_dict().items():
         assert torch.equal(value, state["ema"][name])
-
-
-FLAGS = [  # script, flags, the generator that must see them, what it must see
-    (ddpm, ["--variance", "beta"], "reverse_process", {"variance": "beta", "clip_x0": True}),
-    (ddpm, ["--no-clip_x0"], "reverse_process", {"clip_x0": False, "variance": "beta_tilde"}),
-    (ddpm, ["--temperature", 0.3], "reverse_process", {"temperature": 0.3}),
-    (ddim, ["--S", 7, "--eta", 0.5], "ddim_process", {"S": 7, "eta": 0.5, "step": "ddim_step"}),
-    (ddim, ["--spacing", "quadratic"], "ddim_process", {"spacing": "quadratic", "eta": 0.0}),
-    (ddim, ["--sigma_hat", "--eta", 1], "ddim_process", {"step": "sigma_hat_step", "eta": 1.0}),
-    (ddim, ["--no-clip_x0"], "ddim_process", {"clip_x0": False}),
-    (latent, ["--S", 6, "--eta", 0.25], "ddim_process", {"S": 6, "eta": 0.25, "clip_x0": False}),
-    (latent, ["--spacing", "quadratic"], "ddim_process", {"spacing": "quadratic"}),
-    (latent, ["--temperature", 0.3], "ddim_process", {"temperature": 0.3}),
-    (conditional, ["--S", 6, "--eta", 0.5, "--spacing", "quadratic"], "ddim_process",
-     {"S": 6, "eta": 0.5, "spacing": "quadratic", "clip_x0": True}),
-    (conditional, ["--temperature", 0.3], "ddim_process", {"temperature": 0.3}),
-    (conditional, ["--temperature", 0.3, "--sampler", "ancestral"], "reverse_process", {"temperature": 0.3}),
-    (conditional, ["--no-clip_x0"], "ddim_process", {"clip_x0": False}),
-    (conditional, ["--sampler", "ancestral", "--variance", "beta"], "reverse_process",
-     {"variance": "beta", "clip_x0": True}),
-    (conditional, ["--w_samples", 3.5, "--guidance", "none"], "guided_process",
-     {"w": 3.5, "guidance": "none"}),
-    (score_based, ["--sampler", "em", "--N", 4, "--no-denoise"], "sde_process",
-     {"steps": 4, "denoise": False}),
-    (score_based, ["--snr", 0.3, "--corrector_steps", 2], "sde_process",
-     {"snr": 0.3, "corrector_steps": 2, "predictor": "reverse_diffusion_step"}),
-    (score_based, ["--sampler", "rk45", "--tolerance", 0.2], "ode_process",
-     {"method": "rk45", "tolerance": 0.2}),
-    (score_based, ["--sampler", "rk4", "--N", 12], "ode_process", {"method": "rk4", "steps": 3}),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module, flags, generator, wanted", FLAGS, ids=lambda v: (
-    script_name(v) if v in MODULES else " ".join(map(str, v)) if isinstance(v, list) else ""))
-def test_every_sampling_flag_reaches_the_sampler(module, flags, generator, wanted, smoke_runs,
-                                                 tmp_path, monkeypatch):
-    seen, true = [], getattr(module, generator)
-
-    def spy(*args, **kwargs):
-        bound = inspect.signature(true).bind(*args, **kwargs)
-        bound.apply_defaults()
-        seen.append(bound.arguments)
-        return true(*args, **kwargs)
-
-    monkeypatch.setattr(module, generator, spy)
-    _, states, _ = drawn(module, monkeypatch, "--sample", smoke_runs[module], "--out", tmp_path, *flags)
-    end = list(states(range(2)))[-1]
-    assert end[0] == 0 or "--no-denoise" in flags
-    for name, value in wanted.items():
-        found = seen[0][name]
-        assert getattr(found, "__name__", found) == value, (name, found)
-
-
-@pytest.mark.slow
-@every_script
-def test_states_start_from_noise_and_end_with_samples(module, smoke_runs, tmp_path, monkeypatch):
-    _, states, _ = drawn(module, monkeypatch, "--sample", smoke_runs[module], "--out", tmp_path)
-    every = list(states(range(64)))
-    ts = [t for t, _ in every]
-    assert ts == sorted(ts, reverse=True) and ts[0] == {score_based: 1.0, latent: 50}.get(module, 20)
-    assert abs(every[0][1].std() - module.Config.temperature) < 0.05 and every[-1][0] == 0
-    shape = (1, 32, 32) if module is latent else (1, 28, 28)
-    assert every[-1][1].shape == (64, *shape)
-    assert not torch.equal(every[0][1][0], every[0][1][1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module, generator", [(ddpm, "reverse_process"), (ddim, "ddim_process")])
-def test_samples_are_drawn_with_eps_scaled_and_the_rest_is_the_network(module, generator, smoke_runs,
-                                                                       tmp_path, monkeypatch):
-    seen, true = [], getattr(module, generator)
-    monkeypatch.setattr(module, generator, lambda model, *args, **how: (
-        seen.append(model), true(model, *args, **how))[1])
-    network, states, _ = drawn(module, monkeypatch, "--sample", smoke_runs[module], "--out", tmp_path,
-                               "--eps_scale", 1.5)
-    next(states(range(2)))
-    x, t = torch.randn(2, 1, 28, 28), torch.tensor([3, 9])
-    assert_close(seen[0](x, t), 1.5 * network(x, t))
-    assert module.Config().eps_scale > 1 == module.PRESETS["paper"].eps_scale
 
 
 @pytest.mark.slow
@@ -401,25 +270,16 @@ def test_x0_hat_on_the_way_is_the_network_s_own(module, smoke_runs, tmp_path, mo
 
 @pytest.mark.slow
 @every_script
-def test_the_temperature_scales_the_starting_noise(module, smoke_runs, tmp_path, monkeypatch):
-    """The papers' is 1; what it does to the other noise is tested with the samplers."""
-    _, states, _ = drawn(module, monkeypatch, "--sample", smoke_runs[module], "--temperature", 0.5, "--out", tmp_path)
-    _, xT = next(states(range(64)))
-    assert abs(xT.std() - 0.5) < 0.03
-    assert all(cfg.temperature == 1 for name, cfg in module.PRESETS.items() if name in ("paper", "ddpmpp", "ncsnpp"))
-
-
-@pytest.mark.slow
-@every_script
 def test_main_measures_the_samples_it_drew(module, smoke_runs, tmp_path, monkeypatch):
     """metrics.json and samples.png are of the drawn samples; --evaluate draws as many as it says."""
     scored, glanced = [], []
-    monkeypatch.setattr(metrics, "quality", lambda x, data, labels=None: (
+    monkeypatch.setattr(quality, "scores", lambda x, data, labels=None: (
         scored.append((x, labels)) or {"frechet_distance": 1.0, "frechet_distance_of_held_out": 1.0,
                                        "accuracy": 0.5, "accuracy_of_held_out": 1.0, "recall": 0.5}))
-    monkeypatch.setattr(metrics, "glance", lambda x, data, labels=None: (
+    monkeypatch.setattr(quality, "glance", lambda x, data, labels=None: (
         glanced.append((x, labels)) or {"legible": 0.25}))
     monkeypatch.setattr(score_based, "measure_samplers", lambda *args: {})
+    monkeypatch.setattr("common.data.CACHE", tmp_path / "cache")
     module.main(["--sample", str(smoke_runs[module]), "--n_samples", "5", "--evaluate", "12", "--out",
                  str(tmp_path), *(["--likelihood", "0"] if module is score_based else []),
                  *(["--classifier_steps", "2"] if module is conditional else [])])
@@ -437,85 +297,10 @@ def test_main_measures_the_samples_it_drew(module, smoke_runs, tmp_path, monkeyp
 @pytest.mark.slow
 def test_one_class_may_be_drawn_and_scored_more_often_than_drawn(smoke_runs, tmp_path, monkeypatch):
     scored = []
-    monkeypatch.setattr(metrics, "quality", lambda x, data, labels=None: scored.append(labels) or {
+    monkeypatch.setattr(quality, "scores", lambda x, data, labels=None: scored.append(labels) or {
         "frechet_distance": 1.0, "frechet_distance_of_held_out": 1.0, "accuracy": 0.5,
         "accuracy_of_held_out": 1.0, "recall": 0.5})
+    monkeypatch.setattr("common.data.CACHE", tmp_path / "cache")
     conditional.main(["--sample", str(smoke_runs[conditional]), "--classes", "3", "--n_samples", "2",
                       "--evaluate", "12", "--classifier_steps", "2", "--out", str(tmp_path)])
     assert scored[0].tolist() == [3] * 12
-
-
-@pytest.mark.slow
-@every_script
-@pytest.mark.parametrize("drawing", ["uniform", "logit_normal"])
-def test_t_is_drawn_as_the_setting_says(module, drawing, tmp_path, monkeypatch):
-    name, flag = ("draw_times", "weighting") if module is score_based else ("draw_t", "drawing")
-    if module is score_based:
-        drawing = {"uniform": "simple"}.get(drawing, drawing)
-    asked, given, true, loss = [], [], getattr(module, name), getattr(module, LOSS[module])
-
-    def draw(*args):
-        asked.append((args, true(*args)))
-        return asked[-1][1]
-
-    def watch(*args, **kwargs):
-        if module is not score_based:
-            given.append(args[3])
-        return loss(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, draw)
-    monkeypatch.setattr(module, LOSS[module], watch)
-    monkeypatch.setattr(module, "figure_preview", lambda *args: None)
-    cfg, _, _ = trained(module, tmp_path, f"--{flag}", drawing)
-    assert len(asked) == cfg.steps
-    for (first, second, third), t in asked:
-        n, T = (second, cfg.batch_size) if module is score_based else (first, second)
-        assert third == drawing and n == cfg.batch_size and T in (cfg.batch_size, getattr(cfg, "T", None))
-        assert module is score_based or any(torch.equal(t, each) for each in given)
-    assert getattr(module.Config(), flag) == "logit_normal"
-    for preset, config in module.PRESETS.items():
-        paper = preset not in ("laptop", "smoke")
-        assert getattr(config, flag) == (
-            ("simple" if module is score_based else "uniform") if paper else "logit_normal")
-
-
-# The networks
-
-
-def skips_of(model):
-    """The modules whose outputs the U-Net keeps for its way up."""
-    return [model.conv_in, *(m[0] if isinstance(m, torch.nn.ModuleList) else m for m in model.down)]
-
-
-@every_script
-def test_every_skip_of_the_unet_reaches_its_output(module):
-    torch.manual_seed(0)
-    model = module.UNet(1, 8, 8, (1, 2), 1, (4,), 1, 4, 0.0)
-    for p in model.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.3)
-    model, x, t = model.eval(), torch.randn(1, 1, 8, 8), torch.tensor([3])
-    joined, true = [], torch.cat
-
-    def spy(tensors, dim=0):
-        if dim == 1 and len(tensors) == 2 and tensors[0].ndim == 4:
-            joined.append(tensors)
-            tensors = (tensors[0], tensors[1].requires_grad_())
-            joined[-1] = tensors
-        return true(tensors, dim)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "cat", spy)
-        out = model(x, t)
-    assert len(joined) == len(skips_of(model)) == 4
-    gradients = torch.autograd.grad(out.square().sum(), [skip for _, skip in joined])
-    assert all(g.abs().max() > 1e-6 for g in gradients)
-    assert all(skip.abs().max() > 1e-6 for _, skip in joined)
-
-
-@every_script
-def test_unet_takes_oblong_pictures_and_float64(module):
-    model = module.UNet(1, 8, 8, (1, 2), 1, (4,), 1, 4, 0.0).double().eval()
-    x = torch.randn(2, 1, 8, 12, dtype=torch.float64)
-    out = model(x, torch.tensor([3, 7]))
-    assert out.shape == x.shape and out.dtype == torch.float64

@@ -4,19 +4,20 @@ import copy
 import inspect
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import latent_diffusion_example as latent
 from common import plotting
-from common.checkpoints import load_checkpoint
 from common.data import Data, load_images
 from common.device import training_cost
-from common.runs import open_run as open_any
+from common.run import load_checkpoint
+from common.run import open_run as open_any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ExactEps, only_run, open_picture, run_script, spied
+from conftest import ExactEps, assert_same_tree, only_run, open_picture, run_script, spied
 from torch import distributions
 from torch.testing import assert_close
 
@@ -30,7 +31,7 @@ def small_vae(channels=1, factor=4, z_channels=4, patch=2):
 def open_run(out, *argv):
     """(cfg, run) of the smoke preset with a few more arguments, as main opens them."""
     argv = ["--preset", "smoke", "--device", "cpu", "--out", str(out), *map(str, argv)]
-    return open_any("latent", latent.Config, latent.PRESETS, argv)
+    return open_any("latent", latent.Config, latent.PRESETS, latent.SAMPLING, argv)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +50,13 @@ def trained(tmp_path_factory, pictures):
 
 
 def stop_after(run, name, step):
-    """As Ctrl-C would: the run stops once this row of this log is written."""
+    """As Ctrl-C in this step of this stage would: the run stops at its end."""
     log = run.log
 
-    def stopping(done, log_name="log.csv", **values):
-        log(done, log_name, **values)
-        run.stopped = (log_name, done) == (name, step)
+    def stopping(**values):
+        log(**values)
+        stage = "vae_log.csv" if "kl" in values else "log.csv"
+        run.stopped = (stage, run.step + 1) == (name, step)
 
     run.log = stopping
 
@@ -268,26 +270,30 @@ def test_the_networks_work_in_float64():
         assert_close(a.float(), b, rtol=1e-3, atol=1e-3)
 
 
-def test_recomputed_activations_give_the_same_gradients(tmp_path, monkeypatch):
+def test_recomputed_activations_give_the_same_gradients(tmp_path):
     """--grad_checkpointing acts on the blocks of both networks, inside the loop alone."""
-    count, found, runs = [], [], latent.open_run.__globals__
-    true = runs["checkpoint"]
-    monkeypatch.setitem(runs, "checkpoint",
-                        lambda *args, **kw: count.append(1) or true(*args, **kw))
+    found = []
     x, z, t = torch.randn(2, 1, 16, 16), torch.randn(2, 2, 8, 8), torch.tensor([3, 500])
-    for flags in ([], ["--grad_checkpointing"]):
+
+    def loss(unet, vae):
+        x_hat, mean, _ = vae(x, torch.zeros(2, 4, 4, 4))
+        return unet(z, t).square().mean() + x_hat.square().mean() + mean.mean()
+
+    for flags, times in ([], 1), (["--grad_checkpointing"], 2):
         torch.manual_seed(3)
-        both = torch.nn.ModuleList([unet(), awake(small_vae())])
+        both, count = torch.nn.ModuleList([unet(), awake(small_vae())]), []
+        firsts = [block.norm1 for block in both.modules() if isinstance(block, latent.ResBlock)]
+        firsts += [block.body[0] for block in both.modules() if isinstance(block, latent.VAEBlock)]
+        for layer in firsts:
+            layer.register_forward_hook(lambda *_, count=count: count.append(1))
         _, run = open_run(tmp_path, *flags)
-        optimizer = torch.optim.SGD(both.parameters(), 0.0)
-        for _ in run.training(1, both, optimizer, keep=False):
-            x_hat, mean, _ = both[1](x, torch.zeros(2, 4, 4, 4))
-            (both[0](z, t).square().mean() + x_hat.square().mean() + mean.mean()).backward()
+        for _ in run.steps(1, "both", save=False, both=both):
+            loss(*both).backward()
         found.append([p.grad for p in both.parameters()])
-        blocks = [m for m in both.modules() if type(m).__name__ in ("ResBlock", "VAEBlock")]
-        assert len(count) == (len(blocks) if flags else 0)
-    both[1](x, torch.zeros(2, 4, 4, 4))
-    assert len(count) == len(blocks)  # not outside the loop
+        assert len(count) == times * len(firsts)
+        count.clear()
+        loss(*both).backward()
+        assert len(count) == len(firsts)  # not outside the loop
     for a, b in zip(*found, strict=True):
         assert_close(a, b)
 
@@ -295,8 +301,10 @@ def test_recomputed_activations_give_the_same_gradients(tmp_path, monkeypatch):
 def test_a_step_on_latents_costs_fewer_operations_than_on_pixels():
     schedule, cost = latent.make_schedule("linear", SMOKE.T), []
     for shape in ((4, 8, 8), (1, 32, 32)):
-        x0 = torch.randn(SMOKE.batch_size, *shape)
-        cost.append(training_cost(latent.make_unet(SMOKE, shape), latent.ddpm_loss, x0, schedule))
+        model, x0 = latent.make_unet(SMOKE, shape), torch.randn(SMOKE.batch_size, *shape)
+        t = torch.randint(1, SMOKE.T + 1, (len(x0),))
+        loss = partial(latent.ddpm_loss, model, x0, t, torch.randn_like(x0), schedule)
+        cost.append(training_cost(model, loss))
     assert set(cost[0]) == {"seconds", "gflop", "activations_mb"}
     assert all(0 < cost[0][name] for name in cost[0])
     assert cost[1]["gflop"] > 10 * cost[0]["gflop"]
@@ -361,9 +369,10 @@ def test_the_patch_discriminator_joins_when_it_is_due(tmp_path, pictures):
 
 def test_both_players_of_the_adversarial_game_pull_their_own_way(tmp_path, pictures, monkeypatch):
     """The generator's gradient raises the logit of x_hat; the discriminator's part tells real
-    from fake and leaves x_hat alone. Both are compared with Eq. 25 at every step.
+    from fake and leaves x_hat alone. Both are compared with Eq. 25 at every step, and each player
+    moves by the gradient of its own loss, of this batch alone, at the rate that cfg says.
     """
-    made, last, seen = {}, {}, []
+    made, last, seen, rates = {}, {}, [], []
     spied(monkeypatch, latent, "make_vae", lambda _, out: made.update(vae=out))
     true = latent.Discriminator
 
@@ -376,13 +385,12 @@ def test_both_players_of_the_adversarial_game_pull_their_own_way(tmp_path, pictu
 
     monkeypatch.setattr(latent, "Discriminator", recorded)
     spied(monkeypatch, latent, "vae_loss", loss_parts)
-    cfg, run = open_run(tmp_path, "--adversarial", 0.5, "--adversarial_start", 1)
-    backward = run.backward
+    spied(monkeypatch, latent, "discriminator_loss", lambda _, out: last.update(hinge=out))
+    backward, step = torch.Tensor.backward, torch.optim.Adam.step
 
-    def watching(loss, optimizer, clip, **notes):
+    def watching(loss, *args, **how):
         judge, vae, x, x_hat = made["judge"], made["vae"], last["x"], last["x_hat"]
-        trains = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if trains == {id(p) for p in vae.parameters()}:
+        if loss is not last.get("hinge"):
             logit = judge(x_hat).mean()
             pull, = torch.autograd.grad(loss - last["rec"], x_hat, retain_graph=True)
             joined = pull.abs().max() > 1e-3
@@ -392,17 +400,36 @@ def test_both_players_of_the_adversarial_game_pull_their_own_way(tmp_path, pictu
                 assert weight > 0
                 assert_close(pull, -0.5 * weight * up, rtol=1e-2, atol=1e-4 * pull.abs().max().item())
             seen.append("joined" if joined else "alone")
+            last["player"] = list(vae.parameters())
         else:
-            assert trains == {id(p) for p in judge.parameters()}
             real, fake = judge(x), judge(x_hat.detach())
             assert_close(loss, 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean()))
             assert torch.autograd.grad(loss, x_hat, retain_graph=True, allow_unused=True) == (None,)
             seen.append("judge")
-        backward(loss, optimizer, clip, **notes)
+            last["player"] = list(judge.parameters())
+        last["gradients"] = torch.autograd.grad(loss, last["player"], retain_graph=True)
+        backward(loss, *args, **how)
 
-    run.backward = watching
+    def moving(optimizer, *args, **how):
+        moved = [p for group in optimizer.param_groups for p in group["params"]]
+        assert list(map(id, moved)) == list(map(id, last["player"]))
+        norm = torch.cat([g.flatten() for g in last["gradients"]]).norm()
+        for p, gradient in zip(moved, last["gradients"], strict=True):
+            wanted = gradient / max(1, norm / 100)
+            assert_close(p.grad, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item() + 1e-7)
+        rates.append((seen[-1], optimizer.param_groups[0]["lr"]))
+        return step(optimizer, *args, **how)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watching)
+    monkeypatch.setattr(torch.optim.Adam, "step", moving)
+    cfg, run = open_run(tmp_path, "--adversarial", 0.5, "--adversarial_start", 1, "--vae_lr", 0.004)
     latent.train_vae(cfg, run, pictures)
     assert seen == ["alone"] + ["joined", "judge"] * 3
+    share = [0.5, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]  # two steps of warm-up, then half a cosine
+    assert [rate for player, rate in rates if player != "judge"] == pytest.approx(
+        [0.004 * each for each in share])
+    assert [rate for player, rate in rates if player == "judge"] == pytest.approx(
+        [0.004 * each for each in share[1:]])
 
 
 # Both stages
@@ -473,10 +500,10 @@ def test_diffusion_trains_on_latents_of_the_training_part(flip, tmp_path, pictur
                         *["--flip"] * flip)
     batch = run.batch
 
-    def watching(data, size, flip=False):
-        assert not flip  # a mirrored latent is not the latent of a mirrored picture
-        pool.append(data.train)
-        return batch(data, size, flip)
+    def watching(x, flip=None):
+        assert flip is False  # a mirrored latent is not the latent of a mirrored picture
+        pool.append(x)
+        return batch(x, flip=flip)
 
     run.batch = watching
     scale = latent.train(cfg, run, pictures)[1].scale
@@ -528,14 +555,15 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(stop, plain, tmp_path, p
     cfg, run = open_run(tmp_path, "--resume", run.folder)
     found = latent.train(cfg, run, pictures)[1]
     assert not plain or found.scale == vae.scale
-    for name in ("checkpoint.pt", "vae_log.csv", "log.csv"):
+    assert_same_tree(load_checkpoint(run.folder, ("latent",)), load_checkpoint(folder, ("latent",)))
+    for name in ("vae_log.csv", "log.csv"):
         assert (run.folder / name).read_bytes() == (folder / name).read_bytes(), name
 
 
 def test_a_run_with_another_run_s_vae_resumes_without_it(tmp_path, pictures, trained):
     """Its own checkpoint holds the autoencoder; nothing of stage 1 is done again."""
     lent = tmp_path / "lent.pt"
-    files = []
+    states, logs = [], []
     for stop in (None, 4):
         lent.write_bytes((trained[0] / "checkpoint.pt").read_bytes())
         cfg, run = open_run(tmp_path / str(stop), "--vae", lent)
@@ -547,8 +575,10 @@ def test_a_run_with_another_run_s_vae_resumes_without_it(tmp_path, pictures, tra
             cfg, run = open_run(tmp_path, "--resume", run.folder)
             latent.train(cfg, run, pictures)
         assert not (run.folder / "vae_log.csv").exists()
-        files.append([(run.folder / name).read_bytes() for name in ("checkpoint.pt", "log.csv")])
-    assert files[0] == files[1]
+        states.append(load_checkpoint(run.folder, ("latent",)))
+        logs.append((run.folder / "log.csv").read_bytes())
+    assert_same_tree(*states)
+    assert logs[0] == logs[1]
 
 
 # Main
@@ -602,7 +632,7 @@ def drawn(tmp_path_factory, trained, odd, pictures):
         patch.setattr(latent, "ddim_process", process)
         patch.setattr(latent, "plotting", figures)
         patch.setattr(latent, "load_images", lambda *_: pictures)
-        patch.setattr(latent.metrics, "load_judge", lambda *_, **__: (None, {}))
+        patch.setattr(latent.quality, "load_judge", lambda *_, **__: (None, {}))
         latent.main(["--sample", str(out / "odd.pt"), "--out", str(out), "--device", "cpu", "--S", "3",
                      "--eta", "0.5", "--spacing", "quadratic", "--n_samples", "6"])
     folder = only_run(out, "latent")
@@ -711,14 +741,14 @@ def refused(capsys, *argv):
 @pytest.mark.parametrize("argv, words", [
     (["--schedule", "cosine", "--T", "1000"], ["--schedule cosine", "alpha_bar_T", "1e-06"]),
     (["--T", "20"], ["--schedule linear", "--T 20", "alpha_bar_T = 5.6e-11"]),
-    (["--factor", 3], ["--factor 3", "2, 4, 8"]),
+    (["--factor", 3], ["--factor", "3", "2, 4, 8"]),
     (["--factor", 8, "--image_size", 28], ["--image_size 28", "multiple of 16", "factor 8", "16, 32"]),
     (["--factor", 4, "--image_size", 28], ["--image_size 28", "multiple of 8", "24, 32"]),
     (["--factor", 2, "--vae_patch", 4], ["--vae_patch 4", "--factor 2"]),
     (["--vae_channels", 6], ["--groups 4", "--vae_channels 6"]),
-    (["--kl_weight", -1], ["--kl_weight -1", "in [0, 100]"]),
+    (["--kl_weight", -1], ["--kl_weight -1", ">= 0"]),
     (["--S", 51], ["--S 51", "50"]),
-    (["--reconstruction", "l3"], ["--reconstruction l3", "l1, l2"]),
+    (["--reconstruction", "l3"], ["--reconstruction", "l3", "l1", "l2"]),
     (["--vae", "nowhere.pt"], ["nowhere.pt"]),
 ], ids=lambda v: " ".join(map(str, v)))
 def test_bad_values(capsys, tmp_path, argv, words):
@@ -730,7 +760,7 @@ def test_bad_values(capsys, tmp_path, argv, words):
 @pytest.mark.parametrize("argv, words", [
     (["--z_channels", 3], ["--z_channels 3", "4"]),
     (["--factor", 2], ["--factor 2", "4"]),
-    (["--dataset", "color_digits"], ["--vae", "weights do not fit"]),
+    (["--dataset", "color_digits"], ["--vae", "not a checkpoint that fits"]),
     (["--image_size", 64], ["--image_size 64", "made with 32"]),
 ], ids=lambda v: " ".join(map(str, v)))
 def test_a_vae_that_does_not_fit(capsys, tmp_path, trained, argv, words):
@@ -745,7 +775,7 @@ def test_a_checkpoint_without_its_scale(capsys, tmp_path, trained, flag):
     del state["vae"]["scale"]
     torch.save(state, tmp_path / "c.pt")
     said = refused(capsys, "--out", tmp_path / "out", flag, tmp_path / "c.pt")
-    assert "weights do not fit" in said and not (tmp_path / "out").exists()
+    assert "not a checkpoint that fits" in said and not (tmp_path / "out").exists()
 
 
 def test_a_run_stopped_in_stage_1_has_nothing_to_sample(capsys, tmp_path, pictures):

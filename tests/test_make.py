@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import sys
-import types
 
 import numpy as np
 import pytest

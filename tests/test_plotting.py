@@ -1,11 +1,13 @@
-"""Tests of how figures are written: nothing of matplotlib's is touched, none takes a run along."""
+"""common/plotting.py: nothing of matplotlib's is touched, and no figure takes a run along."""
 
+import contextlib
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 from common import plotting
+from common.cli import Mistake
 from common.data import Data
 
 import matplotlib
@@ -50,14 +52,6 @@ def one_of_each(folder):
 EACH = list(one_of_each(Path()))
 
 
-@pytest.fixture
-def told(monkeypatch):
-    """The lines that are told of figures that fail."""
-    lines = []
-    monkeypatch.setattr(plotting, "say", lines.append)
-    return lines
-
-
 # matplotlib
 
 
@@ -85,7 +79,7 @@ assert dict(matplotlib.rcParams) == before, "rcParams are changed"
     assert ran.stdout == "" and sorted(p.name for p in tmp_path.iterdir()) == sorted(EACH)
 
 
-def test_the_style_holds_while_drawing_and_saving_only(tmp_path, monkeypatch, told):
+def test_the_style_holds_while_drawing_and_saving_only(tmp_path, monkeypatch):
     seen, save = [], Figure.savefig
 
     def savefig(self, *args, **kwargs):
@@ -97,66 +91,77 @@ def test_the_style_holds_while_drawing_and_saving_only(tmp_path, monkeypatch, to
     with matplotlib.rc_context({"font.size": 7.0, "savefig.bbox": None}):
         before = dict(matplotlib.rcParams)
         plotting.curves(tmp_path / "a.png", [{"lines": {"a": ([1, 2], [3, 4])}}])
-        plotting.curves(tmp_path / "missing" / "a.png", [{"lines": {"a": ([1, 2], [3, 4])}}])
+        with pytest.raises(Mistake):
+            plotting.curves(tmp_path / "missing" / "a.png", [{"lines": {"a": ([1, 2], [3, 4])}}])
         assert dict(matplotlib.rcParams) == before
-    assert seen == [(110, False, "tight", 11.0)] * 2 and len(told) == 1
+    assert seen == [(110, False, "tight", 11.0)] * 2
 
 
 # A figure that cannot be drawn
 
 
-def test_an_error_is_told_in_one_line_and_the_next_figure_is_drawn(tmp_path, capsys):
-    @plotting.figure
+def test_an_error_prints_its_traceback_and_the_next_figure_is_drawn(tmp_path, capsys):
+    @plotting.figure("one.png", "two.gif")
     def figure_broken(run):
         raise ValueError("first line\nsecond line")
 
-    line = figure_broken.__wrapped__.__code__.co_firstlineno + 2
     assert figure_broken(object()) is None
-    plotting.grid(tmp_path / "no" / "such.png", torch.zeros(4, 1, 8, 8), 2, "title")
-    plotting.grid(path=tmp_path / "a.png", x="no tensor", columns=2, title="title")
+    said = capsys.readouterr()
+    assert not said.out and said.err.startswith("one.png, two.gif: not drawn\nTraceback")
+    assert "figure_broken" in said.err and said.err.endswith("ValueError: first line\nsecond line\n")
+    plotting.grid(tmp_path / "three.png", "no tensor", 2, "title")
+    assert "AttributeError" in capsys.readouterr().err
     plotting.grid(tmp_path / "next.png", torch.zeros(4, 1, 8, 8), 2, "title")
-    first, second, third = capsys.readouterr().out.splitlines()
-    assert first == ("figure_broken: not drawn, ValueError: first line "
-                     f"(test_plotting.py:{line})")
-    assert second.startswith(f"grid {tmp_path / 'no' / 'such.png'}: not drawn, FileNotFoundError: [Errno 2]")
-    assert third.startswith(f"grid {tmp_path / 'a.png'}: not drawn, AttributeError: ")
+    assert list(plotting.not_drawn) == ["one.png", "two.gif", "three.png"]
     assert [p.name for p in tmp_path.iterdir()] == ["next.png"]
 
 
-def test_an_error_without_a_text_is_told(told):
-    @plotting.figure
-    def figure_empty():
-        raise RuntimeError
-
-    figure_empty()
-    assert len(told) == 1 and told[0].startswith("figure_empty: not drawn, RuntimeError")
+def test_the_path_may_be_given_by_its_name(tmp_path):
+    plotting.grid(path=tmp_path / "a.png", x=torch.zeros(4, 1, 8, 8), columns=2, title="title")
+    plotting.grid(path=tmp_path / "b.png", x="no tensor", columns=2, title="title")
+    assert (tmp_path / "a.png").exists() and list(plotting.not_drawn) == ["b.png"]
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_is_no_error(told, kind):
-    @plotting.figure
-    def figure_interrupted():
-        raise kind
-
-    with pytest.raises(kind):
-        figure_interrupted()
-    assert not told
+def test_a_figure_that_is_drawn_later_is_drawn(tmp_path):
+    """As preview.png is, many times in a run."""
+    plotting.grid(tmp_path / "a.png", "no tensor", 2, "title")
+    assert list(plotting.not_drawn) == ["a.png"]
+    plotting.grid(tmp_path / "a.png", torch.zeros(4, 1, 8, 8), 2, "title")
+    assert not plotting.not_drawn
 
 
-def test_a_figure_inside_a_figure_fails_alone(tmp_path, told):
-    @plotting.figure
-    def figure_two():
+@pytest.mark.parametrize("problem", [
+    KeyboardInterrupt(), SystemExit(3), Mistake("a.png: cannot be written"), MemoryError("no room"),
+    torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_what_ends_a_run_passes_through(problem, capsys):
+    @plotting.figure("a.png")
+    def figure_stopped():
+        raise problem
+
+    with pytest.raises(type(problem)) as raised:
+        figure_stopped()
+    assert raised.value is problem and not plotting.not_drawn and not capsys.readouterr().err
+
+
+def test_a_folder_that_is_missing_is_a_mistake(tmp_path):
+    with pytest.raises(Mistake, match="such.png: cannot be written .No such file or directory"):
         plotting.grid(tmp_path / "no" / "such.png", torch.zeros(4, 1, 8, 8), 2, "title")
+
+
+def test_a_figure_inside_a_figure_fails_alone(tmp_path):
+    @plotting.figure("a.png")
+    def figure_two():
+        plotting.grid(tmp_path / "b.png", "no tensor", 2, "title")
         plotting.grid(tmp_path / "a.png", torch.zeros(4, 1, 8, 8), 2, "title")
         assert matplotlib.rcParams["savefig.bbox"] == "tight"
         return "done"
 
     assert figure_two() == "done"
-    assert len(told) == 1 and told[0].startswith("grid ") and (tmp_path / "a.png").exists()
+    assert list(plotting.not_drawn) == ["b.png"] and (tmp_path / "a.png").exists()
 
 
 def test_a_figure_is_drawn_without_gradients_but_may_ask_for_them():
-    @plotting.figure
+    @plotting.figure("gradient.png")
     def figure_gradient(x, scale=1):
         """What it shows."""
         assert not torch.is_grad_enabled() and not (x * scale).requires_grad
@@ -172,20 +177,20 @@ def test_a_figure_is_drawn_without_gradients_but_may_ask_for_them():
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_every_function_that_writes_tells_its_errors(tmp_path, monkeypatch, told, name):
-    def full(path, save):
+def test_every_function_that_writes_survives_an_error(tmp_path, monkeypatch, name):
+    def broken(path, content):
         assert not torch.is_grad_enabled()
-        raise OSError(28, "No space left on device")
+        raise ValueError("broken")
 
-    monkeypatch.setattr(plotting, "_write", full)
+    monkeypatch.setattr(plotting, "write_whole", broken)
     one_of_each(tmp_path)[name]()
-    assert len(told) == 1 and name in told[0] and "No space left" in told[0]
+    assert list(plotting.not_drawn) == [name]
 
 
-def test_an_error_before_anything_is_drawn_is_told(told):
+def test_an_error_before_anything_is_drawn_is_told():
     plotting.samples("a.png", torch.zeros(4, 1, 8, 8), None, "title")
     plotting.neighbours("b.png", torch.zeros(4, 1, 8, 8), None)
-    assert [line.split(":")[0] for line in told] == ["samples a.png", "neighbours b.png"]
+    assert list(plotting.not_drawn) == ["a.png", "b.png"]
 
 
 # Files
@@ -193,12 +198,9 @@ def test_an_error_before_anything_is_drawn_is_told(told):
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("name", ["grid.png", "frames.gif", "points.gif"])
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, told, name, error):
-    begun = []
-
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, name, error):
     def save(self, file, *_, **__):
-        begun.append(Path(file))
-        Path(file).write_bytes(b"half a pict")
+        file.write(b"half a pict")
         raise error("full")
 
     draw = one_of_each(tmp_path)[name]
@@ -206,20 +208,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, told, name
     before = (tmp_path / name).read_bytes()
     monkeypatch.setattr(Figure, "savefig", save)
     monkeypatch.setattr(Image.Image, "save", save)
-    try:
+    with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else contextlib.nullcontext():
         draw()
-    except KeyboardInterrupt:
-        assert error is KeyboardInterrupt
-    assert len(told) == (error is OSError)
-    assert begun[0].parent == tmp_path  # another disk could not be replaced from at once
+    assert list(plotting.not_drawn) == [name] * (error is OSError)
     assert (tmp_path / name).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("name", ["a.svg", "a.PNG", "a"])
-def test_a_name_says_the_format(tmp_path, told, name):
+def test_a_name_says_the_format(tmp_path, name):
     plotting.grid(str(tmp_path / name), torch.zeros(4, 1, 8, 8), 2, "title")
-    assert not told
+    assert not plotting.not_drawn
     start = (tmp_path / name).read_bytes()[:200]
     assert b"xml" in start if name == "a.svg" else start.startswith(b"\x89PNG")
 
@@ -238,11 +237,11 @@ def notebook(monkeypatch):
     ipython.display = display
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
-    monkeypatch.setattr(plotting, "in_kernel", lambda: True)
+    monkeypatch.setattr(plotting, "in_notebook", lambda: True)
     return types.SimpleNamespace(shown=shown, display=display)
 
 
-def test_a_notebook_shows_each_picture(tmp_path, notebook, told):
+def test_a_notebook_shows_each_picture(tmp_path, notebook):
     names = ["grid.png", "frames.gif", "points.gif", "samples.png"]
     for name in names:
         one_of_each(tmp_path)[name]()
@@ -250,20 +249,20 @@ def test_a_notebook_shows_each_picture(tmp_path, notebook, told):
     assert [shown for shown, _ in notebook.shown] == [str(tmp_path / name) for name in names]
     assert all(held == (tmp_path / name).read_bytes()
                for name, (_, held) in zip(names, notebook.shown, strict=True))
-    assert not told
+    assert not plotting.not_drawn
 
 
-def test_a_picture_that_cannot_be_shown_is_still_written(tmp_path, notebook, told):
+def test_a_picture_that_cannot_be_shown_is_still_written(tmp_path, notebook):
     def display(_):
         raise RuntimeError("no front end")
 
     notebook.display.display = display
     one_of_each(tmp_path)["grid.png"]()
-    assert (tmp_path / "grid.png").exists() and not told
+    assert (tmp_path / "grid.png").exists() and not plotting.not_drawn
 
 
 def test_outside_a_notebook_nothing_is_shown(tmp_path, notebook, monkeypatch):
-    monkeypatch.setattr(plotting, "in_kernel", lambda: False)
+    monkeypatch.setattr(plotting, "in_notebook", lambda: False)
     one_of_each(tmp_path)["grid.png"]()
     assert (tmp_path / "grid.png").exists() and not notebook.shown
 
@@ -272,11 +271,11 @@ def test_outside_a_notebook_nothing_is_shown(tmp_path, notebook, monkeypatch):
 
 
 @pytest.fixture
-def none_told(told, monkeypatch):
+def all_drawn(monkeypatch):
     """No figure fails; drawn coarsely, which is faster."""
     monkeypatch.setitem(plotting.STYLE, "figure.dpi", 30)
     yield
-    assert not told
+    assert not plotting.not_drawn
 
 
 def with_bad(*shape):
@@ -295,7 +294,7 @@ PICTURES = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", PICTURES)
-def test_any_pictures_are_drawn(tmp_path, none_told, name):
+def test_any_pictures_are_drawn(tmp_path, all_drawn, name):
     x = PICTURES[name]
     plotting.grid(tmp_path / "a.png", x, 10, "title")
     plotting.neighbours(tmp_path / "b.png", x.float(), Data("toy", x.float(), x[:2].float()))
@@ -307,7 +306,7 @@ def test_any_pictures_are_drawn(tmp_path, none_told, name):
 @pytest.mark.parametrize("drawn, held_out", [(torch.rand(5, 4, 8, 8), torch.rand(2, 4, 8, 8)),
                                              (torch.rand(1, 1, 8, 8), torch.rand(9, 1, 8, 8)),
                                              (torch.rand(9, 2), torch.rand(1, 2))])
-def test_fewer_may_be_held_out_than_drawn(tmp_path, none_told, drawn, held_out):
+def test_fewer_may_be_held_out_than_drawn(tmp_path, all_drawn, drawn, held_out):
     plotting.samples(tmp_path / "a.png", drawn, Data("toy", held_out, held_out), "title")
     assert (tmp_path / "a.png").exists()
 
@@ -318,7 +317,7 @@ POINTS = {"one": torch.rand(1, 2), "none": torch.zeros(0, 2), "bad": with_bad(9,
 
 
 @pytest.mark.parametrize("name", POINTS)
-def test_any_points_are_drawn(tmp_path, none_told, name):
+def test_any_points_are_drawn(tmp_path, all_drawn, name):
     x = POINTS[name]
     plotting.panels(tmp_path / "a.png", [("a", x)], "title")
     plotting.fields(tmp_path / "b.png", [("a", x, x, x)], "title")
@@ -333,7 +332,7 @@ SERIES = {"one": torch.rand(1, 1, 5), "none": torch.zeros(0, 1, 5), "one number"
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", SERIES)
-def test_any_series_are_drawn(tmp_path, none_told, name):
+def test_any_series_are_drawn(tmp_path, all_drawn, name):
     x = SERIES[name]
     plotting.samples(tmp_path / "a.png", x, Data("toy", x[:1], x[:1]), "title")
     plotting.film(tmp_path / "b.gif", [x, x], ["a", "b"], hold=1)
@@ -351,7 +350,7 @@ VALUES = {"zeros": torch.zeros(5), "all nan": torch.full((5,), NAN),
 
 @pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")  # of an old matplotlib's parser
 @pytest.mark.parametrize("name", VALUES)
-def test_any_values_are_drawn(tmp_path, none_told, name):
+def test_any_values_are_drawn(tmp_path, all_drawn, name):
     y = VALUES[name]
     x = list(range(len(y)))
     plotting.curves(tmp_path / "a.png", [
@@ -364,7 +363,7 @@ def test_any_values_are_drawn(tmp_path, none_told, name):
 
 
 @pytest.mark.parametrize("losses", [[0.0, 0.0], [1.0, NAN, INF], [2.0]])
-def test_any_losses_are_drawn(tmp_path, none_told, losses):
+def test_any_losses_are_drawn(tmp_path, all_drawn, losses):
     log = {"step": list(range(len(losses))), "loss": losses}
     plotting.curves(tmp_path / "a.png", [
         plotting.loss_curve(log, "loss"),
@@ -375,46 +374,46 @@ def test_any_losses_are_drawn(tmp_path, none_told, losses):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("p", [with_bad(9, 9), torch.full((9, 9), NAN), torch.zeros(9, 9),
                                torch.rand(9, 9).bfloat16()])
-def test_any_densities_are_drawn(tmp_path, none_told, p):
+def test_any_densities_are_drawn(tmp_path, all_drawn, p):
     plotting.densities(tmp_path / "a.png", [("a", p), ("true", p)], "title", 2.0)
     assert (tmp_path / "a.png").exists()
 
 
-def test_a_hole_in_a_density_leaves_its_colours(tmp_path, monkeypatch, told):
+def test_a_hole_in_a_density_leaves_its_colours(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(plotting, "_finish", lambda sheet, *_: seen.append(sheet))
     p = torch.tensor([[NAN, 1.0], [INF, 3.0]])
     plotting.densities(tmp_path / "a.png", [("a", p / 2), ("true", p)], "title", 2.0)
-    assert [axis.images[0].get_clim() for axis in seen[0].axes] == [(0, 3)] * 2 and not told
+    assert [axis.images[0].get_clim() for axis in seen[0].axes] == [(0, 3)] * 2 and not plotting.not_drawn
 
 
 @pytest.mark.parametrize("values, asked, scale", [
     ([0.0, 0.0], "log", "linear"), ([NAN, -1.0], "log", "linear"), ([0.0, 1e-3], "log", "log"),
     ([-1.0, -9.0], "symlog", "symlog")])
-def test_a_log_scale_needs_a_positive_value(tmp_path, monkeypatch, told, values, asked, scale):
+def test_a_log_scale_needs_a_positive_value(tmp_path, monkeypatch, values, asked, scale):
     seen = []
     monkeypatch.setattr(plotting, "_finish", lambda sheet, *_: seen.append(sheet))
     part = {"lines": {"a": ([1, 2], values)}, "xscale": "log", "yscale": asked}
     plotting.curves(tmp_path / "a.png", [part])
     axis, = seen[0].axes
-    assert (axis.get_xscale(), axis.get_yscale()) == ("log", scale) and not told
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", scale) and not plotting.not_drawn
 
 
-def test_a_histogram_is_drawn_over_its_xlim(tmp_path, monkeypatch, told):
+def test_a_histogram_is_drawn_over_its_xlim(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(plotting, "_finish", lambda sheet, *_: seen.append(sheet))
     plotting.curves(tmp_path / "a.png", [{"histogram": [0.0, 1.0, 90.0], "xlim": (-2, 3)}])
     bars = seen[0].axes[0].patches
-    assert len(bars) == 100 and not told
+    assert len(bars) == 100 and not plotting.not_drawn
     assert bars[0].get_x() == -2 and bars[-1].get_x() + bars[-1].get_width() == pytest.approx(3)
 
 
-def test_nothing_to_draw_writes_nothing(tmp_path, told):
+def test_nothing_to_draw_writes_nothing(tmp_path):
     plotting.curves(tmp_path / "a.png", [None])
     plotting.curves(tmp_path / "a.png", [])
     plotting.table(tmp_path / "a.png", [], "title")
     plotting.table(tmp_path / "a.png", [torch.zeros(0, 1, 8, 8)], "title")
-    assert not list(tmp_path.iterdir()) and not told
+    assert not list(tmp_path.iterdir()) and not plotting.not_drawn
 
 
 def test_pixels_that_are_not_finite():
@@ -462,7 +461,8 @@ def test_points_are_seen_to_a_limit_and_images_in_columns(monkeypatch):
 def test_fans_are_bands_of_pairs_of_quantiles_where_nothing_is_known(monkeypatch):
     truth, known = torch.arange(6.0), torch.tensor([True, True, False, False, False, True])
     quantiles = torch.arange(5.0)[:, None] + torch.arange(6.0)
-    axes = axes_of(monkeypatch, lambda: plotting.fans("a.png", [("part", truth, known, quantiles)] * 4, "title"))
+    axes = axes_of(monkeypatch, lambda: plotting.fans(
+        "a.png", [("part", truth, known, quantiles)] * 4, "title"))
     assert len(axes) == 4  # two rows of two
     outer, inner = axes[3].collections
     for band, (low, high) in ((outer, (0, 4)), (inner, (1, 3))):

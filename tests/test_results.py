@@ -7,7 +7,7 @@ from dataclasses import replace
 import ddim_example as ddim
 import score_based_diffusion_example as score_based
 from common.data import load_images, load_points
-from common.runs import new_run
+from common.run import new_run
 
 import pytest
 import torch

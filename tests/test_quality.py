@@ -1,4 +1,4 @@
-"""The judge of legibility: what the shipped ones accept and refuse, and how one is made."""
+"""common/quality.py: what the shipped judges accept and refuse, and how one is made."""
 
 import copy
 import dataclasses
@@ -6,8 +6,7 @@ import json
 import math
 import sys
 
-from common import data, metrics
-from common import judge as judges
+from common import data, quality
 
 import pytest
 import torch
@@ -24,13 +23,13 @@ def at_hand(request):
     digits = data.load_images("digits", request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "CACHE", ROOT / "no such folder")
-        judge, of_held_out = judges.load_judge(digits, fit=False)
+        judge, of_held_out = quality.load_judge(digits, fit=False)
     assert judge is not None, "not of these digits: python results/judge.py"
     torch.manual_seed(1)
     kinds = shipped.pictures(digits.test, digits.test_labels)
 
     def share(x):
-        return judges.legible_share(judges.probabilities(judge, x))
+        return quality.legible_share(quality.probabilities(judge, x))
 
     return kinds, share, of_held_out
 
@@ -68,8 +67,8 @@ def test_the_shipped_files_are_small():
 def test_legible_share_does_not_count_none_of_these():
     p = torch.tensor([[0.95, 0.03, 0.02], [0.9, 0.1, 0.0], [0.5, 0.1, 0.4], [0.0, 0.92, 0.08],
                       [0.02, 0.03, 0.95]])
-    assert_close(judges.legible_share(p), 0.4)
-    assert judges.legible_share(p[-1:]) == 0.0
+    assert_close(quality.legible_share(p), 0.4)
+    assert quality.legible_share(p[-1:]) == 0.0
 
 
 # How one is made
@@ -85,8 +84,8 @@ def toy(n, shape=(1, 8, 8), classes=2, held_out=2):
 def cache(tmp_path, monkeypatch):
     """An empty folder in place of data/, and two steps of training."""
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(judges, "FEWEST", 2)
-    monkeypatch.setattr(judges, "MOST", 2)
+    monkeypatch.setattr(quality, "FEWEST", 2)
+    monkeypatch.setattr(quality, "MOST", 2)
     return tmp_path / "cache"
 
 
@@ -94,31 +93,32 @@ def cache(tmp_path, monkeypatch):
 def test_none_of_these_is_like_the_pictures_it_is_made_of(shape):
     x = torch.rand(70, *shape) - 0.5
     kept = x.clone()
-    none = judges.none_of_these(x, torch.arange(70) % 3)
+    none = quality.none_of_these(x, torch.arange(70) % 3)
     assert none.shape == x.shape and none.dtype == x.dtype and none.isfinite().all()
     assert_close(x, kept, rtol=0, atol=0)
     assert (none != x).flatten(1).any(1).float().mean() > 0.9  # a shuffle may leave all
-    assert (none != judges.none_of_these(x, torch.arange(70) % 3)).any()
-    for make in judges.NONE:  # of one picture alone too
+    assert (none != quality.none_of_these(x, torch.arange(70) % 3)).any()
+    for make in quality.NONE:  # of one picture alone too
         assert make(x[:1], x[1:2]).shape == (1, *shape)
 
 
 def test_a_picture_is_mixed_with_one_of_another_class(monkeypatch):
     y = torch.tensor([0] * 30 + [1, 2])  # by chance it would mostly be of the same
     x = y[:, None, None, None].float().expand(-1, 1, 4, 4)
-    monkeypatch.setattr(judges, "NONE", (lambda a, b: b,))
-    assert (judges.none_of_these(x, y) != x).all()
-    alone = judges.none_of_these(x[:5], y[:5])  # one class: of whatever there is
+    monkeypatch.setattr(quality, "NONE", (lambda a, b: b,))
+    assert (quality.none_of_these(x, y) != x).all()
+    alone = quality.none_of_these(x[:5], y[:5])  # one class: of whatever there is
     assert_close(alone, x[:5])
 
 
 def test_blocks_are_shuffled_and_halves_are_joined():
     a = torch.arange(64.0).view(1, 1, 8, 8).repeat(40, 1, 1, 1)
     b = -a - 1
-    out = judges._shuffled(a, b)
+    _, _, joined, shuffled, *_ = quality.NONE
+    out = shuffled(a, b)
     assert_close(out.flatten(1).sort(1).values, a.flatten(1))
     assert (out[:, 0, 1::2, 1::2] - out[:, 0, ::2, ::2] == 9).all()  # each block whole
-    halves = judges._joined(a, b) < 0
+    halves = joined(a, b) < 0
     upright, flat = halves[:, 0].all(1).any(1), halves[:, 0].all(2).any(1)
     assert (upright ^ flat).all() and upright.any() and flat.any()
     assert (halves.flatten(1).sum(1) == 32).all()
@@ -127,7 +127,7 @@ def test_blocks_are_shuffled_and_halves_are_joined():
 def test_augmented_moves_by_whole_pixels_or_turns_a_little():
     x = torch.zeros(200, 1, 12, 16)  # in each direction by 2 at most, the width is 2 * 8
     x[:, :, 5:8, 6:11] = 1.0
-    out = judges.augmented(x)
+    out = quality.augmented(x)
     weight = out.sum((1, 2, 3))
     assert out.shape == x.shape and weight.min() > 11 and weight.max() < 20
     still = (out - out.round()).abs().flatten(1).amax(1) < 1e-4
@@ -145,7 +145,7 @@ def test_augmented_moves_by_whole_pixels_or_turns_a_little():
     ((1, 32, 32), 200, 8)])
 def test_a_judge_of_any_shape_and_of_a_few_pictures(shape, n, classes, cache):
     made = toy(n, shape, classes)
-    judge, of_held_out = judges.load_judge(made)
+    judge, of_held_out = quality.load_judge(made)
     assert judge(made.test).shape == (2, classes + 1)
     assert judge.body(made.test).shape == (2, 64)
     assert not judge.training and not any(p.requires_grad for p in judge.parameters())
@@ -154,19 +154,17 @@ def test_a_judge_of_any_shape_and_of_a_few_pictures(shape, n, classes, cache):
     assert file.stat().st_size < 300_000
 
 
-def test_very_small_data_is_scored(cache, monkeypatch):
-    monkeypatch.setattr(metrics, "inception_v3_scores", lambda *_: {})
+def test_very_small_data_is_scored(cache):
     made = toy(4, held_out=1)
-    found = metrics.quality(torch.randn(10, 1, 8, 8), made, torch.arange(10) % 2)
+    found = quality.scores(torch.randn(10, 1, 8, 8), made, torch.arange(10) % 2)
     assert json.dumps(found, allow_nan=False) and len(found["classes"]) == 3
     assert math.isfinite(found["frechet_distance"] + found["frechet_distance_of_held_out"])
 
 
-def test_data_without_labels_has_distances_alone(cache, monkeypatch):
-    monkeypatch.setattr(metrics, "inception_v3_scores", lambda *_: {})
+def test_data_without_labels_has_distances_alone(cache):
     made = dataclasses.replace(toy(8), train_labels=None, test_labels=None, classes=())
-    assert judges.load_judge(made) == (None, {})
-    found = metrics.quality(made.train + 0.1, made)
+    assert quality.load_judge(made) == (None, {})
+    found = quality.scores(made.train + 0.1, made)
     assert set(found) == {"n", "reference", "nearest_train_rms",
                           "nearest_train_rms_of_held_out"}
     assert_close(found["nearest_train_rms"], 0.1, rtol=1e-3, atol=1e-4)
@@ -175,13 +173,13 @@ def test_data_without_labels_has_distances_alone(cache, monkeypatch):
 
 def test_without_fit_a_judge_is_only_looked_for(cache):
     made = toy(6)
-    assert judges.load_judge(made, fit=False) == (None, {}) and not cache.exists()
-    assert set(metrics.glance(made.test, made)) == {
+    assert quality.load_judge(made, fit=False) == (None, {}) and not cache.exists()
+    assert set(quality.glance(made.test, made)) == {
         "n", "nearest_train_rms_mean", "nearest_train_rms_min"}
-    judge, _ = judges.load_judge(made)
-    again, _ = judges.load_judge(made, fit=False)
+    judge, _ = quality.load_judge(made)
+    again, _ = quality.load_judge(made, fit=False)
     assert_close(again(made.test), judge(made.test), rtol=0, atol=0)
-    assert "legible" in metrics.glance(made.test, made)
+    assert "legible" in quality.glance(made.test, made)
 
 
 def test_fingerprint_is_of_every_bit():
