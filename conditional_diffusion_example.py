@@ -250,10 +250,6 @@ def v_loss(model, x0, t, eps, schedule):
     sqrt(alpha_bar) (v_hat - v): large t count for more than in ddpm_loss. Source: arXiv
     2202.00512, Sec. 4.
     """
-    if t is None:
-        t = draw_t(len(x0), schedule.T).to(x0.device)
-    if eps is None:
-        eps = torch.randn_like(x0)
     xt = q_sample(x0, t, eps, schedule.alpha_bars)
     alpha_bar = schedule.alpha_bars[t].view(-1, 1, 1, 1)
     v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0

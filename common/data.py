@@ -378,10 +378,7 @@ def make_masks(H, W):
 
 
 def load_points(name, n=20000, seed=0):
-    """2-D points by name (POINTS) of about unit variance: a Data of halves (n // 2, 2).
-
-    Another name ends the program with one line.
-    """
+    """2-D points by name (POINTS), of about unit variance: halves of (n // 2, 2)."""
     from sklearn import datasets
 
     _check_name(name, POINTS)
@@ -437,8 +434,7 @@ def load_series(name, n=1250, length=128, seed=0):
     Data.restore gives them back in their own unit. sines: one wave each, under noise
     of 0.1, made here. membrane: windows of a recording that ships with matplotlib, the
     potential of a nerve cell that fires at an even pace; the last fifth is held out.
-    csv:PATH: one series a row, a tenth is held out. A mistake ends the program with
-    one line.
+    csv:PATH: one series a row, a tenth is held out.
     """
     _check_name(name, SERIES_NAMES)
     if name == "sines":

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -13,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -342,7 +342,8 @@ class Run:
         self.stopped, self.step, self.scale = False, 0, None
         self._begin = time.perf_counter() if begin is None else begin
         self._folder, self._state, self._where = folder, state, where
-        self._row, self._saved, self._unsaved, self._board = {}, None, None, None
+        self._row, self._loss_scale, self._saved = {}, (), None
+        self._unsaved = self._board = None
         plotting.not_drawn.clear()
         if opts.tensorboard and self.main:
             try:
@@ -497,24 +498,25 @@ class Run:
         if save and self.main:
             _lock(self.folder)
         log = Log(self.path(_log_name(name)), first) if save and self.main else None
-        for optimizer in parts.values():
-            for group in getattr(optimizer, "param_groups", ()):
-                group["fused"] = self.device.type != "mps"  # one kernel for all weights
+        groups = [group for part in parts.values()
+                  for group in getattr(part, "param_groups", ())]
+        for group in groups:
+            group["fused"] = self.device.type != "mps"  # one kernel for all weights
         self._prepare(model, blocks)
         self._saved, done, begin = None, first, time.perf_counter()
 
-        def end():
+        def end(states=None):
             if save:
-                self._save(done, name, parts)
+                self._save(done, name, parts, states)
                 self._measure(name, model, done, first, time.perf_counter() - begin)
 
         def finish_step():
-            if self._row and log:
-                lr = parts["optimizer"].param_groups[0]["lr"]
-                log.append({"step": done, **self._row, "lr": lr})
-                self._to_tensorboard(name, done, self._row | {"lr": lr})
             shown = {key: f"{value:.4g}" for key, value in self._row.items()}
             bar.set_postfix(shown, refresh=False)
+            if self._row and log:
+                row = self._row | ({"lr": groups[0]["lr"]} if groups else {})
+                log.append({"step": done, **row})
+                self._to_tensorboard(name, done, row)
             self._row = {}
 
         bar = tqdm(range(first, steps), initial=first, total=steps, unit="step",
@@ -537,7 +539,7 @@ class Run:
             if self._row:
                 done = self.step + 1
                 finish_step()
-            self._unsaved = end
+            self._unsaved = partial(end, [device.random_state(self.device)])
             raise
         finally:
             bar.close()
@@ -583,10 +585,10 @@ class Run:
         """Make the network compute as the flags ask; _undo takes it back."""
         if self.opts.grad_checkpointing:
             for block in blocks:
-                block.forward = functools.partial(
-                    checkpoint, block.forward, use_reentrant=False)
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if self.opts.amp == "fp16":
-            self.scale = LossScale(model, *getattr(self, "_loss_scale", ()))
+            self.scale = LossScale(model, *self._loss_scale)
+            self._loss_scale = ()  # of a checkpoint, for its own loop alone
         if self.opts.compile:
             model.compile()
 
@@ -597,9 +599,9 @@ class Run:
             self.scale.remove()
             self.scale = None
 
-    def _save(self, step, name, parts):
-        """Write checkpoint.pt as a whole."""
-        states = self.launch.gather(device.random_state(self.device))
+    def _save(self, step, name, parts, states=None):
+        """Write checkpoint.pt as a whole. states: random states, all processes' now."""
+        states = states or self.launch.gather(device.random_state(self.device))
         for part in parts.values():
             if isinstance(part, nn.Module) and not is_finite(part):
                 self._diverged("a weight is not finite")

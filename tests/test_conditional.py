@@ -369,7 +369,7 @@ def test_the_process_yields_every_state_with_its_t(guidance, sampler):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_classifier_pushes_what_is_already_clamped(eta):
-    """As in guided-diffusion: x0_hat = 3 becomes 1, and then moves by (1 - a) / sqrt(a) s times the gradient."""
+    """As in guided-diffusion: x0_hat = 3 becomes 1, then moves by (1 - a) / sqrt(a) s times the gradient."""
     schedule, classifier = double(cond.make_schedule("linear", 20)), torch.nn.Module()
     classifier.forward = lambda x, t: torch.stack([0 * x.sum((1, 2, 3)), x.sum((1, 2, 3))], 1)
     t, s, y = 12, 0.7, torch.ones(4, dtype=torch.int64)
@@ -1236,8 +1236,8 @@ def test_classifier_guidance_and_evaluation(smoke, tmp_path, monkeypatch):
 def test_an_unconditional_network_is_guided_by_the_classifier(tmp_path, monkeypatch):
     """--p_uncond 1: every label dropped, samples by the classifier, its sweep alone in the table."""
     monkeypatch.setattr(common.data, "CACHE", tmp_path / "cache")
-    asked, true = [], cond.drop_labels
-    monkeypatch.setattr(cond, "drop_labels", lambda *how, **more: asked.append(true(*how, **more)) or asked[-1])
+    asked = []
+    spied(monkeypatch, cond, "drop_labels", lambda _, out: asked.append(out))
     cond.main(["--preset", "smoke", "--out", str(tmp_path), "--p_uncond", "1", "--guidance", "classifier",
                "--evaluate", "20"])
     assert torch.cat(asked).eq(10).all()

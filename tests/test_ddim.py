@@ -265,7 +265,8 @@ def test_a_quarter_turn():
 
 
 @pytest.mark.parametrize("argv, word", [
-    (["--S", "1001"], "--S 1001: must be at least 1 and at most T, 1000"), (["--S", "0"], "--S 0: must be >= 1"),
+    (["--S", "1001"], "--S 1001: must be at least 1 and at most T, 1000"),
+    (["--S", "0"], "--S 0: must be >= 1"),
     (["--preset", "smoke", "--S", "21"], "--S 21: must be at least 1 and at most T, 20"),
     (["--eta", "1.5"], "--eta 1.5: must be in [0, 1]"),
     (["--eta", "-0.1"], "--eta -0.1"), (["--eta", "nan"], "--eta nan"),
@@ -303,12 +304,23 @@ def test_a_ddpm_checkpoint_brings_its_network_and_ddim_its_sampler(ddpm_run, tmp
         assert_close(value, stored["ema"][name], rtol=0, atol=0)
 
 
-@pytest.mark.slow
-def test_samples_a_ddpm_checkpoint_without_training(ddpm_run, tmp_path):
+@pytest.fixture(scope="module")
+def drawn(ddpm_run, tmp_path_factory):
+    """(folder, tables, films) of a run that samples the DDPM checkpoint; they by the names of their files."""
+    out, tables, films = tmp_path_factory.mktemp("drawn"), {}, {}
     before = {p.name: p.read_bytes() for p in ddpm_run.iterdir()}
-    ddim.main(["--sample", str(ddpm_run), "--S", "7", "--out", str(tmp_path), "--evaluate", "12"])
+    with pytest.MonkeyPatch.context() as patch:
+        spied(patch, ddim.plotting, "table", lambda given, _: tables.update({given["path"].name: given}))
+        spied(patch, ddim.plotting, "gif", lambda given, _: films.update({given["path"].name: given}))
+        ddim.main(["--sample", str(ddpm_run), "--S", "7", "--out", str(out), "--n_samples", "1",
+                   "--evaluate", "12"])
     assert {p.name: p.read_bytes() for p in ddpm_run.iterdir()} == before
-    folder = only_run(tmp_path, "ddim")
+    return only_run(out, "ddim"), tables, films
+
+
+@pytest.mark.slow
+def test_samples_a_ddpm_checkpoint_without_training(drawn):
+    folder, _, _ = drawn
     assert not (folder / "checkpoint.pt").exists() and not (folder / "log.csv").exists()
     for name in ("samples", "neighbours", "loss", "denoising", "steps", "eta", "interpolation",
                  "reconstruction", "evaluated", "quality"):
@@ -341,13 +353,9 @@ def test_smoke_run_trains_and_writes_every_file(tmp_path):
     assert found["reconstruction_error_by_S"]["10"] > 0
 
 
-def test_figures_draw_what_their_labels_say(ddpm_run, tmp_path, monkeypatch):
-    figures, films = {}, {}
-    spied(monkeypatch, ddim.plotting, "table",
-          lambda given, _: figures.update({given["path"].name: given}))
-    spied(monkeypatch, ddim.plotting, "gif",
-          lambda given, _: films.update({given["path"].name: given}))
-    ddim.main(["--sample", str(ddpm_run), "--out", str(tmp_path), "--n_samples", "1"])
+@pytest.mark.slow
+def test_figures_draw_what_their_labels_say(drawn, ddpm_run):
+    _, figures, films = drawn
     eta = figures["eta.png"]
     assert eta["row_labels"] == ["eta = 0", "eta = 0.2", "eta = 0.5", "eta = 1"]
     for i, row in enumerate(eta["rows"]):  # noise and again, side by side

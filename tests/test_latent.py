@@ -320,8 +320,9 @@ def test_stage_1_trains_on_the_training_part_and_draws_its_noise(tmp_path, pictu
         seen, noise = [], []
         cfg, run = open_run(tmp_path, "--batch_size", 40, *flags)
         with monkeypatch.context() as patch:
-            spied(patch, latent, "vae_loss", lambda given, _: seen.append(given["x"]))
-            spied(patch, latent, "reparameterise", lambda given, _: noise.append(given["eps"]))
+            spied(patch, latent, "vae_loss", lambda given, _, seen=seen: seen.append(given["x"]))
+            spied(patch, latent, "reparameterise",
+                  lambda given, _, noise=noise: noise.append(given["eps"]))
             latent.train_vae(cfg, run, pictures)
         x = torch.cat(seen)
         assert len(x) == 40 * cfg.vae_steps

@@ -1,6 +1,5 @@
 """The pages: their commands run as they are typed, at smoke size; links, tables, the two languages."""
 
-import json
 import re
 import shlex
 import shutil

@@ -159,10 +159,15 @@ def test_downloaded_sets_have_the_shape_of_the_others(name, kind, tmp_path, monk
 
 @pytest.mark.parametrize("problem", [urllib.error.URLError("no network"), RuntimeError("broken"),
                                      OSError("no space")])
-def test_download_without_network_names_the_bundled_sets(tmp_path, monkeypatch, problem, capsys):
+def test_download_without_network_names_the_bundled_sets(tmp_path, monkeypatch, problem):
     import torchvision.datasets
 
     monkeypatch.setattr(data, "CACHE", tmp_path)
 
     def offline(*_, **__):
         raise problem
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", offline)
+    with pytest.raises(Mistake) as mistake:
+        data.load_images("mnist")
+    assert all(name in str(mistake.value) for name in data.OFFLINE)

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import types
 from typing import Annotated, Literal
 
 import pytest
-import toy
 import torch
 from conftest import ROOT, environment, open_run
 from toy import PRESETS, Config
@@ -320,7 +318,7 @@ def test_the_pages_refuse_the_same_way(capsys, tmp_path):
 
 
 def unpack():
-    a, b = (1, 2, 3)
+    _, _ = (1, 2, 3)
 
 
 @pytest.mark.parametrize("error", [

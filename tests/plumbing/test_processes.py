@@ -17,7 +17,8 @@ from conftest import (ROOT, assert_same_tree, environment, only_run, open_pictur
 from torch.testing import assert_close
 
 import ddpm_example as ddpm
-from common import cli, plotting, run as runs
+from common import cli, data, device, plotting
+from common import run as runs
 
 SCRIPT = "ddpm_example.py"
 FIGURES = ("forward", "schedules", "loss", "samples", "neighbours", "denoising", "bound", "preview")
@@ -107,7 +108,7 @@ def test_config_repeats_a_run_to_the_last_bit(smoke, tmp_path):
 def test_figures_that_fail_are_told_and_the_rest_is_there(tmp_path, monkeypatch, capsys):
     """In a page's own figure, and inside a drawing function; the last line and the status say so."""
     def broken(*_):
-        a, b = (1, 2, 3)
+        _, _ = (1, 2, 3)
 
     monkeypatch.setattr(ddpm, "q_step", broken)  # figure_forward asks it
     monkeypatch.setattr(plotting, "_write_gif", broken)
@@ -250,6 +251,7 @@ def test_a_run_outlives_whoever_reads_it(tmp_path):
 
 RANKS = """
 import atexit
+import shutil
 import sys
 
 import torch
@@ -284,6 +286,13 @@ for step in run.steps(5, model=model, optimizer=optimizer):
 other = nn.Linear(1, 1).requires_grad_(False)
 unsaved = [run.batch(x)[0] for _ in run.steps(1, "other", save=False, other=other)]
 torch.save((rows, unsaved, other.weight), f"rank{{run.launch.rank}}.pt")
+if run.main:
+    shutil.copy(run.path("checkpoint.pt"), "after_5.pt")
+for _ in run.steps(9, "late", late=other):
+    break  # each process leaves, and only the first one saves
+if run.main:
+    print(f"went on: {{run.folder}}", flush=True)
+torch.distributed.barrier()
 if run.launch.rank == 1:
     raise ValueError("an error of the second process")
 """
@@ -311,7 +320,8 @@ def test_two_processes_share_the_batch_and_average_the_gradients(tmp_path):
         assert_close(a["logged"], (a["loss"] + b["loss"]) / 2)  # the log has the whole batch's
     assert not torch.equal(one[0]["x"], one[1]["x"])  # a new batch each step
     folder = only_run(tmp_path / "outputs", "toy")  # one writer: one folder
-    state = load(folder)
+    assert load(folder)["loop"] == "late" and "went on: " in done.stdout
+    state = torch.load(tmp_path / "after_5.pt")
     assert state["step"] == 5 and len(state["random"]) == 2  # the state of both generators
     assert not torch.equal(state["random"][0]["cpu"], state["random"][1]["cpu"])
     with open(folder / "log.csv") as file:
@@ -319,23 +329,20 @@ def test_two_processes_share_the_batch_and_average_the_gradients(tmp_path):
 
 
 def test_the_first_process_downloads_before_the_others(monkeypatch):
-    """The others wait at a barrier before the block, the first one releases them after it."""
-    from common import device
-
+    """The others wait at a barrier before the download, the first one releases them after it."""
+    x, seen = torch.zeros(4, 1, 8, 8), []
     monkeypatch.setattr(device.dist, "is_initialized", lambda: True)
-    for rank, expected in ((0, ["block", "barrier"]), (1, ["barrier", "block"])):
-        seen = []
+    monkeypatch.setattr(device.dist, "barrier", lambda: seen.append("barrier"))
+    monkeypatch.setattr(data, "_downloaded", lambda name: seen.append(name) or data.Data(name, x, x))
+    for rank, expected in ((0, ["mnist", "barrier"]), (1, ["barrier", "mnist"])):
         monkeypatch.setattr(device.dist, "get_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(device.dist, "barrier", lambda seen=seen: seen.append("barrier"))
-        with device.first_process_first():
-            seen.append("block")
+        data.load_images("mnist")
         assert seen == expected
+        seen.clear()
 
 
 def test_average_keeps_shapes_and_order(monkeypatch):
     """Two processes, the other of which has everywhere 10 more."""
-    from common import device
-
     def all_reduce(flat):
         flat += flat + 10
 
@@ -347,14 +354,12 @@ def test_average_keeps_shapes_and_order(monkeypatch):
 
 
 def test_seeded_draws_leave_the_others_alone():
-    from common.device import random_state, seeded, set_random_state
-
     cpu = torch.device("cpu")
-    state = random_state(cpu)
+    state = device.random_state(cpu)
     expected = torch.randn(3)
-    set_random_state(state, cpu)
-    with seeded(5, cpu):
+    device.set_random_state(state, cpu)
+    with device.seeded(5, cpu):
         inside = torch.randn(3)
     assert_close(torch.randn(3), expected, rtol=0, atol=0)
-    with seeded(5, cpu):
+    with device.seeded(5, cpu):
         assert_close(torch.randn(3), inside, rtol=0, atol=0)

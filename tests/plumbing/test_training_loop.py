@@ -370,7 +370,7 @@ def test_samples_are_drawn_under_autocast(tmp_path):
     for amp, dtype in (("bf16", torch.bfloat16), ("off", torch.float32)):
         _, run = open_toy(tmp_path, "--sample", "--amp", amp)
         model = run.trained(network())
-        x, _ = run.draw(3, lambda batch: [(0, model(torch.ones(len(batch), 1, 2, 2)))], model, 1)
+        x, _ = run.draw(3, lambda batch, model=model: [(0, model(torch.ones(len(batch), 1, 2, 2)))], model, 1)
         assert x.dtype == dtype
 
 
@@ -416,6 +416,8 @@ def test_the_loss_scale_is_saved_and_restored(tmp_path, monkeypatch):
     again.opts.amp, seen = "fp16", []
     fit(again, 6, lambda *_: seen.append((again.scale.scale, again.scale.good_steps)))
     assert seen == [(2.0**16, 4), (2.0**16, 5), (2.0**16, 6)] and again.scale is None
+    fit(again, 1, lambda *_: seen.append(again.scale.good_steps), name="later")
+    assert seen[-1] == 1  # a later loop begins anew
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.__name__)
