@@ -71,17 +71,17 @@ class Config:
     schedule: Literal["linear", "cosine"] = "linear"  # noise schedule (paper: both)
     beta_1: OpenFraction = 1e-4  # linear schedule: beta_1 for T = 1000 (paper: 1e-4)
     beta_T: OpenFraction = 0.02  # linear schedule: beta_T for T = 1000 (paper: 0.02)
-    predict: Literal["eps", "v"] = "v"  # prediction of the network (paper, DiT: eps)
-    p_uncond: Probability = 0.1  # fraction of labels dropped (paper: 0.1, 0.2, 0.5)
+    predict: Literal["eps", "v"] = "v"  # the network's target (paper, DiT: eps)
+    p_uncond: Probability = 0.1  # probability of a null label (paper: 0.1, 0.2, 0.5)
     # sampling
     guidance: Guidance = "classifier_free"  # kind of guidance; none uses labels alone
     classes: tuple[str, ...] = ()   # classes to draw, in order; all if empty
     w: tuple[Weight, ...] = (-1.0, 0.0, 1.0, 2.0, 4.0)  # guidance weights of grid.png
     w_samples: Weight = 2.0         # guidance weight of samples.png (paper: 0 to 4)
     classifier_steps: Count = 1500  # training steps of the classifier (paper: 300000)
-    sampler: Literal["ddim", "ancestral"] = "ddim"  # S steps, or all T (paper: both)
+    sampler: Literal["ddim", "ancestral"] = "ddim"  # takes S steps, or T (paper: both)
     S: Count = 10                   # DDIM steps (paper: 25 DDIM or 250 ancestral)
-    eta: Probability = 0.0          # 0 adds no noise, 1 that of DDPM (paper: 0)
+    eta: Probability = 0.0          # noise: 0 none, 1 as in DDPM (paper: 0)
     spacing: Literal["linear", "quadratic"] = "linear"  # DDIM step spacing
     variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # ancestral step's sigma_t^2
     clip_x0: bool = True            # clamp x0_hat to [-1, 1] in sampling (code: yes)
@@ -93,31 +93,31 @@ class Config:
     flip: bool = False       # mirror pictures at random (paper: yes; never for digits)
     # network
     backbone: Literal["unet", "dit"] = "unet"  # U-Net or Diffusion Transformer
-    channels: Count = 32                 # base width of the U-Net (paper: 192, 256)
+    channels: Count = 32                 # width of the U-Net, even (paper: 192, 256)
     mults: tuple[Count, ...] = (1, 2)    # relative width of each level (paper: 1 2 3 4)
     blocks: Count = 1                    # residual blocks per level (paper: 2 or 3)
     attention: tuple[Count, ...] = (7,)  # resolutions with attention (paper: 32 16 8)
     heads: Count = 1                     # attention heads (paper: 64 channels each)
     groups: Count = 8                    # groups in each group norm (code: 32)
     dropout: Fraction = 0.0              # dropout in residual blocks (paper: 0 or 0.1)
-    patch: Count = 2                     # patch size of the U-Net (paper: none, 1)
-    dit_width: Count = 96                # width of the DiT (DiT: 384 to 1152)
+    patch: Count = 2                     # p x p pixels become channels (paper: none, 1)
+    dit_width: Count = 96                # width of the DiT, of 4 n (DiT: 384 to 1152)
     dit_depth: Count = 4                 # blocks of the DiT (DiT: 12 to 28)
     dit_heads: Count = 4                 # attention heads of the DiT (DiT: 6 to 16)
     dit_patch: Count = 4                 # patch size of the DiT (DiT: 2, 4 or 8)
-    dit_kernel: Count = 3                # patches across a token; odd (DiT: 1)
+    dit_kernel: Count = 3                # patches per token and side; odd (DiT: 1)
     # training
     drawing: Drawing = "logit_normal"  # distribution of t in training (paper: uniform)
     steps: Count = 5000                # optimiser steps (DiT: 400000 and more)
-    batch_size: Count = 32             # batch size over all processes (DiT: 256)
+    batch_size: Count = 32             # examples per step, all processes (DiT: 256)
     lr: Positive = 2e-3                # peak learning rate (paper and DiT: 1e-4)
     warmup: Whole = 200                # steps of learning-rate warm-up (paper: 0)
     decay: Literal["cosine", "constant"] = "cosine"  # decay of lr (paper: constant)
     weight_decay: NonNegative = 0.0    # AdamW's weight decay; 0 gives Adam (paper: 0)
     grad_clip: Positive = 1.0          # largest norm of the gradient (paper: none)
-    ema: Fraction = 0.999              # EMA decay of the weights (paper: 0.9999)
+    ema: Fraction = 0.999              # decay of the averaged weights (paper: 0.9999)
     preview_every: Count = 2500        # steps between previews and checkpoints
-    compare: NonNegative = 0.0         # compare U-Net and DiT after this many seconds
+    compare: NonNegative = 0.0         # train U-Net and DiT for this many seconds each
 
 
 # these may change after training
@@ -247,8 +247,8 @@ def v_loss(model, x0, t, eps, schedule):
     """The squared error of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 -> scalar.
 
     model(xt, t, v=True) gives v_hat. x_t is given, so that eps_hat - eps is
-    sqrt(alpha_bar) (v_hat - v): large t count for more than in ddpm_loss. Source: arXiv
-    2202.00512, Sec. 4.
+    sqrt(alpha_bar) (v_hat - v): large t count for more than in ddpm_loss. t, eps: as
+    there. Source: arXiv 2202.00512, Sec. 4.
     """
     xt = q_sample(x0, t, eps, schedule.alpha_bars)
     alpha_bar = schedule.alpha_bars[t].view(-1, 1, 1, 1)
@@ -503,7 +503,7 @@ class ResBlock(nn.Module):
     Sec. 3.1.
     """
 
-    recompute = True  # --grad_checkpointing computes its activations again
+    recompute = True  # activations, in the backward pass (--grad_checkpointing)
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -657,7 +657,7 @@ class DiTBlock(nn.Module):
     block starts as the identity. Source: [DiT] Sec. 3.2.
     """
 
-    recompute = True  # --grad_checkpointing computes its activations again
+    recompute = True  # activations, in the backward pass (--grad_checkpointing)
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
@@ -821,8 +821,8 @@ class NoisyClassifier(nn.Module):
         h = self.block3(self.attention(self.block2(h, emb)), emb)
         h = F.silu(self.norm_out(h))
         H, W = (max(2, size) for size in h.shape[2:])
-        h = F.interpolate(h, (H, W))  # of a 4 x 4 image a single pixel is left
-        # to 2 x 2, by what MPS can do with odd sizes, too
+        h = F.interpolate(h, (H, W))  # a 4 x 4 image has shrunk to one pixel
+        # average to 2 x 2, with windows that MPS supports for odd sizes
         h = F.avg_pool2d(h, ((H + 1) // 2, (W + 1) // 2), (H // 2, W // 2))
         return self.out(h.flatten(1))
 
@@ -851,7 +851,10 @@ class EMA:
 
 
 def set_learning_rate(optimizer, cfg, step):
-    """A linear warm-up to cfg.lr, then as cfg.decay says. step: 0..cfg.steps - 1."""
+    """Warm up linearly to cfg.lr; a cosine decay multiplies this from step 0 on.
+
+    step: 0..cfg.steps - 1.
+    """
     lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
     if cfg.decay == "cosine":
         lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
@@ -865,9 +868,11 @@ def train(cfg, run, data):
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     model = run.place(make_model(cfg, data.shape, classes))
     ema = EMA(model, cfg.ema)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
-                                  weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), cfg.lr, weight_decay=cfg.weight_decay,
+        fused=run.device.type != "mps")  # one kernel for all weights
 
+    loss_of = objective(cfg)
     # run.steps: progress bar, checkpoints, resume, Ctrl-C (common/run.py)
     for step in run.steps(cfg.steps, model=model, ema=ema.model, optimizer=optimizer):
         set_learning_rate(optimizer, cfg, step)
@@ -875,11 +880,11 @@ def train(cfg, run, data):
         y = drop_labels(y, cfg.p_uncond, null=classes)  # line 3
         t = draw_t(len(x0), cfg.T, cfg.drawing).to(run.device)  # line 4
         eps = torch.randn_like(x0)  # line 5
-        with run.autocast():  # lines 6 and 7
-            loss = objective(cfg)(partial(model, y=y), x0, t, eps, schedule)
+        with run.autocast():
+            loss = loss_of(partial(model, y=y), x0, t, eps, schedule)  # lines 6 and 7
         optimizer.zero_grad()
         loss.backward()
-        run.average_gradients(model)  # over several processes
+        run.average_gradients(model)  # over all processes; fp16: drops an overflow
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         ema.update(model, step)
@@ -899,11 +904,12 @@ def train_classifier(cfg, run, data, schedule):
         return run.place(NoisyClassifier(data.shape[0], len(data.classes), patch=patch))
 
     def fit(classifier):
-        optimizer = torch.optim.AdamW(classifier.parameters(), 3e-3, weight_decay=0.05)
-        rate = replace(cfg, lr=3e-3, steps=cfg.classifier_steps)
+        optimizer = torch.optim.AdamW(classifier.parameters(), 3e-3, weight_decay=0.05,
+                                      fused=run.device.type != "mps")
+        its_cfg = replace(cfg, lr=3e-3, steps=cfg.classifier_steps)
         for step in run.steps(cfg.classifier_steps, "classifier", save=False,
                               classifier=classifier, optimizer=optimizer):
-            set_learning_rate(optimizer, rate, step)
+            set_learning_rate(optimizer, its_cfg, step)
             x0, y = run.batch(data.train, data.train_labels, size=64)
             shift = tuple(torch.randint(-2, 3, (2,)).tolist())
             x0 = torch.roll(x0, shift, dims=(2, 3))  # for [ADM]'s random crops
@@ -1088,6 +1094,8 @@ def compare(cfg, run, data, schedule):
         steps = max(10, int(cfg.compare / cost["seconds"]))
         part = run.part(backbone, replace(cfg, backbone=backbone, steps=steps))
         model = train(part.cfg, part, data)
+        if part.stopped:
+            break
 
         def states(batch, model=model):
             xT = torch.randn(len(batch), *data.shape, device=run.device)
@@ -1102,9 +1110,10 @@ def compare(cfg, run, data, schedule):
         title = (f"{backbone}: {steps} steps, Fréchet {found['frechet_distance']:.1f},"
                  f" right {found['accuracy']:.0%}")
         panels.append((title, samples[:100]))
-    plotting.panels(run.path("compare.png"), panels,
-                    f"{cfg.compare:g} seconds of training each, the same noises", 10)
-    run.say(f"compare.png and metrics.json in {run.folder}")
+    if panels:
+        title = f"{cfg.compare:g} seconds of training each, the same noises"
+        plotting.panels(run.path("compare.png"), panels, title, 10)
+    run.finish()
 
 
 def spell(cfg, w):
@@ -1125,7 +1134,7 @@ def asked_classes(cfg, data, evaluates):
             raise Mistake(f"classes {c}: must be one of "
                           f"{', '.join(data.classes[:20])}")
     if not cfg.w:
-        raise Mistake("w is empty: it needs at least one number")
+        raise Mistake("w: needs at least one number")
     if cfg.p_uncond == 0 and (cfg.guidance != "none" or evaluates):
         raise Mistake(f"p_uncond {cfg.p_uncond:g}: must be above 0 for guidance, which "
                       "asks the network for the null class")
@@ -1162,10 +1171,13 @@ def main(argv=None):
     else:
         model = train(cfg, run, data)
     classifier = None
-    if cfg.guidance == "classifier" or run.opts.evaluate:
+    if (cfg.guidance == "classifier" or run.opts.evaluate) and not run.stopped:
         classifier = train_classifier(cfg, run, data, schedule)
     if not run.main:
-        return  # of several processes one draws
+        return  # only the first process draws
+    if cfg.guidance == "classifier" and (classifier is None or run.stopped):
+        run.say("stopped: no noisy classifier to guide the samples; --resume goes on")
+        return run.finish()
 
     largest_n = max(cfg.n_samples, run.opts.evaluate or 0)
     y = torch.tensor(classes, device=run.device).repeat(largest_n)  # enough for each n
@@ -1185,7 +1197,7 @@ def main(argv=None):
     show(run, cfg, model, data, schedule, classes, settings, samples, y[:n])
     figure_denoising(run, states(range(min(10, n))), min(10, n))
     run.evaluate(states, model, steps, data, y[:run.opts.evaluate])
-    if run.opts.evaluate:
+    if run.opts.evaluate and not run.stopped:
         scores = measure_guidance(run, cfg, model, data, schedule, classifier,
                                   settings)
         figure_guidance(run.path("guidance.png"), scores)

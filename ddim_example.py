@@ -56,8 +56,8 @@ class Config:
     beta_T: OpenFraction = 0.02  # linear schedule: beta_T for T = 1000 (paper: 0.02)
     # sampling
     S: Count = 50                   # sampling steps (paper: 10 to 1000)
-    eta: Probability = 0.0          # 0 adds no noise, 1 that of DDPM (paper: 0 to 1)
-    spacing: Literal["linear", "quadratic"] = "linear"  # step spacing (paper: both)
+    eta: Probability = 0.0          # noise: 0 none, 1 as in DDPM (paper: 0 to 1)
+    spacing: Literal["linear", "quadratic"] = "linear"  # spacing of tau (paper: both)
     sigma_hat: bool = False         # larger noise (Sec. 5) for eta 1 (paper: Table 1)
     clip_x0: bool = True            # clamp x0_hat to [-1, 1] in sampling (code: no)
     eps_scale: Positive = 1.1       # scale of eps_hat in sampling (paper: 1)
@@ -68,24 +68,24 @@ class Config:
     image_size: Whole = 0    # resize or pad pictures to this resolution; 0 keeps theirs
     flip: bool = False       # mirror pictures at random (paper: yes; never for digits)
     # network
-    channels: Count = 32                 # base width of the U-Net (code: 128)
+    channels: Count = 32                 # width of the U-Net, even, >= 4 (code: 128)
     mults: tuple[Count, ...] = (1, 2)    # relative width of each level (code: 1 2 2 2)
     blocks: Count = 1                    # residual blocks per level (paper: 2)
     attention: tuple[Count, ...] = (7,)  # resolutions with attention (paper: 16)
     heads: Count = 1                     # attention heads (code: 1)
     groups: Count = 8                    # groups in each group norm (code: 32)
     dropout: Fraction = 0.0              # dropout in residual blocks (paper: 0.1)
-    patch: Count = 2                     # patch size of the U-Net (paper: none, 1)
+    patch: Count = 2                     # p x p pixels become channels (paper: none, 1)
     # training
     drawing: Drawing = "logit_normal"  # distribution of t in training (paper: uniform)
     steps: Count = 4000                # optimiser steps (paper: 800000)
-    batch_size: Count = 32             # batch size over all processes (paper: 128)
+    batch_size: Count = 32             # examples per step, all processes (paper: 128)
     lr: Positive = 2e-3                # peak learning rate (paper: 2e-4)
     warmup: Whole = 200                # steps of learning-rate warm-up (code: 5000)
     decay: Literal["cosine", "constant"] = "cosine"  # decay of lr (paper: constant)
     weight_decay: NonNegative = 0.0    # AdamW's weight decay; 0 gives Adam (paper: 0)
     grad_clip: Positive = 1.0          # largest norm of the gradient (code: 1)
-    ema: Fraction = 0.999              # EMA decay of the weights (paper: 0.9999)
+    ema: Fraction = 0.999              # decay of the averaged weights (paper: 0.9999)
     preview_every: Count = 1000        # steps between previews and checkpoints
 
 
@@ -325,7 +325,7 @@ def zero_init(layer):
 class ResBlock(nn.Module):
     """Two convolutions and the time. (B, c_in, H, W) -> (B, c_out, H, W)."""
 
-    recompute = True  # --grad_checkpointing computes its activations again
+    recompute = True  # activations, in the backward pass (--grad_checkpointing)
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -491,7 +491,10 @@ class EMA:
 
 
 def set_learning_rate(optimizer, cfg, step):
-    """A linear warm-up to cfg.lr, then as cfg.decay says. step: 0..cfg.steps - 1."""
+    """Warm up linearly to cfg.lr; a cosine decay multiplies this from step 0 on.
+
+    step: 0..cfg.steps - 1.
+    """
     lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
     if cfg.decay == "cosine":
         lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
@@ -504,8 +507,9 @@ def train(cfg, run, data):
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     model = run.place(make_unet(cfg, data.shape))
     ema = EMA(model, cfg.ema)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
-                                  weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), cfg.lr, weight_decay=cfg.weight_decay,
+        fused=run.device.type != "mps")  # one kernel for all weights
 
     # run.steps: progress bar, checkpoints, resume, Ctrl-C (common/run.py)
     for step in run.steps(cfg.steps, model=model, ema=ema.model, optimizer=optimizer):
@@ -517,7 +521,7 @@ def train(cfg, run, data):
             loss = ddpm_loss(model, x0, t, eps, schedule)  # line 5
         optimizer.zero_grad()
         loss.backward()
-        run.average_gradients(model)  # over several processes
+        run.average_gradients(model)  # over all processes; fp16: drops an overflow
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         ema.update(model, step)
@@ -604,7 +608,10 @@ def figure_steps(run, cfg, model, schedule, shape):
 
 @plotting.figure("interpolation.png", "interpolation.gif")
 def figure_interpolation(run, cfg, model, schedule, shape):
-    """interpolation.png: from noise to noise, on the sphere and on the line; a GIF."""
+    """interpolation.png: from noise to noise, on the sphere and on the line.
+
+    interpolation.gif: on the sphere, through three noises.
+    """
     def decode(xT):
         return ddim_sample(model, xT.shape, schedule, min(50, cfg.S), 0.0, cfg.spacing,
                            cfg.clip_x0, xT, cfg.temperature)
@@ -682,7 +689,7 @@ def main(argv=None):
     else:
         model = train(cfg, run, data)
     if not run.main:
-        return  # of several processes one draws
+        return  # only the first process draws
 
     sharper = scaled(model, cfg.eps_scale)
 

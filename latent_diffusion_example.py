@@ -66,7 +66,7 @@ class Config:
     adversarial: NonNegative = 0.0  # weight of the discriminator (code: 0.5)
     adversarial_start: Whole = 500  # steps before the discriminator joins (code: 50001)
     vae_steps: Count = 1000         # optimiser steps of stage 1
-    vae_lr: Positive = 2e-3         # peak rate of stage 1 (code: 4.5e-6 per picture)
+    vae_lr: Positive = 2e-3         # peak lr of stage 1 (code: 4.5e-6 per picture)
     # diffusion
     T: Count = 1000              # diffusion steps (paper: 1000)
     schedule: Kind = "linear"    # noise schedule (code: sqrt_linear)
@@ -74,8 +74,8 @@ class Config:
     beta_T: OpenFraction = 0.02  # linear schedules: beta_T for T = 1000 (code: 0.0195)
     # sampling
     S: Count = 250                  # sampling steps (paper: 500 for CelebA-HQ)
-    eta: Probability = 1.0          # 0 adds no noise, 1 that of DDPM (paper: 0 to 1)
-    spacing: Literal["linear", "quadratic"] = "linear"  # step spacing
+    eta: Probability = 1.0          # noise: 0 none, 1 as in DDPM (paper: 0 to 1)
+    spacing: Literal["linear", "quadratic"] = "linear"  # spacing of tau
     temperature: NonNegative = 0.9  # scale of all noise in sampling (paper: 1)
     n_samples: Count = 64           # pictures drawn at the end
     # data
@@ -83,24 +83,24 @@ class Config:
     image_size: Whole = 32   # resize or pad pictures to this resolution; 0 keeps theirs
     flip: bool = False       # mirror pictures at random (code: yes; never for digits)
     # network
-    channels: Count = 48                 # base width of the U-Net (paper: 224)
+    channels: Count = 48                 # width of the U-Net, even, >= 4 (paper: 224)
     mults: tuple[Count, ...] = (1, 2)    # relative width of each level (paper: 1 2 3 4)
     blocks: Count = 1                    # residual blocks per level (paper: 2)
-    attention: tuple[Count, ...] = (4,)  # latent sizes with attention (paper: 32 16 8)
+    attention: tuple[Count, ...] = (4,)  # resolutions with attention (paper: 32 16 8)
     heads: Count = 1                     # attention heads (paper: one for 32 channels)
     groups: Count = 8                    # groups in each group norm (code: 32)
     dropout: Fraction = 0.0              # dropout in residual blocks (paper: none)
-    patch: Count = 1                     # patch size of the U-Net (paper: none, 1)
+    patch: Count = 1                     # p x p pixels become channels (paper: none, 1)
     # training
     drawing: Drawing = "logit_normal"  # distribution of t in training (paper: uniform)
     steps: Count = 5000                # optimiser steps of stage 2 (paper: 410000)
-    batch_size: Count = 32             # batch size over all processes (paper: 48)
+    batch_size: Count = 32             # examples per step, all processes (paper: 48)
     lr: Positive = 1e-3                # peak learning rate of stage 2 (paper: 9.6e-5)
     warmup: Whole = 200                # steps of learning-rate warm-up (code: 10000)
-    decay: Literal["cosine", "constant"] = "cosine"  # decay of rates (paper: constant)
+    decay: Literal["cosine", "constant"] = "cosine"  # decay of lr (paper: constant)
     weight_decay: NonNegative = 0.0    # AdamW's weight decay; 0 gives Adam (code: 0.01)
     grad_clip: Positive = 1.0          # largest norm of stage 2's gradient (code: none)
-    ema: Fraction = 0.999              # EMA decay of the weights (code: 0.9999)
+    ema: Fraction = 0.999              # decay of the averaged weights (code: 0.9999)
     preview_every: Count = 1000        # steps between previews and checkpoints
 
 
@@ -368,7 +368,7 @@ def zero_init(layer):
 class ResBlock(nn.Module):
     """Two convolutions and the time. (B, c_in, H, W) -> (B, c_out, H, W)."""
 
-    recompute = True  # --grad_checkpointing computes its activations again
+    recompute = True  # activations, in the backward pass (--grad_checkpointing)
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -513,7 +513,7 @@ def make_unet(cfg, shape):
 class VAEBlock(nn.Module):
     """ResBlock without the time. (B, c_in, H, W) -> (B, c_out, H, W)."""
 
-    recompute = True  # --grad_checkpointing computes its activations again
+    recompute = True  # activations, in the backward pass (--grad_checkpointing)
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -646,7 +646,10 @@ class EMA:
 
 
 def set_learning_rate(optimizer, cfg, step):
-    """A linear warm-up to cfg.lr, then as cfg.decay says. step: 0..cfg.steps - 1."""
+    """Warm up linearly to cfg.lr; a cosine decay multiplies this from step 0 on.
+
+    step: 0..cfg.steps - 1.
+    """
     lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
     if cfg.decay == "cosine":
         lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
@@ -676,22 +679,23 @@ def train_vae(cfg, run, data):
     vae = run.place(make_vae(cfg, data.shape))
     discriminator = Discriminator(data.shape[0], cfg.vae_channels, cfg.groups)
     discriminator = run.place(discriminator)
-    optimizer = torch.optim.Adam(vae.parameters(), cfg.vae_lr)
+    fused = run.device.type != "mps"
+    optimizer = torch.optim.Adam(vae.parameters(), cfg.vae_lr, fused=fused)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), cfg.vae_lr,
-                                   betas=(0.5, 0.9))
+                                   betas=(0.5, 0.9), fused=fused)
     z_shape = latent_shape(cfg, data.shape)
-    rate = replace(cfg, lr=cfg.vae_lr, steps=cfg.vae_steps)
+    stage1 = replace(cfg, lr=cfg.vae_lr, steps=cfg.vae_steps)
     for step in run.steps(cfg.vae_steps, "vae", vae=vae, discriminator=discriminator,
                           optimizer=optimizer, optimizer_d=optimizer_d):
-        set_learning_rate(optimizer, rate, step)
-        set_learning_rate(optimizer_d, rate, step)
+        set_learning_rate(optimizer, stage1, step)
+        set_learning_rate(optimizer_d, stage1, step)
         x, _ = run.batch(data.train)
         eps = torch.randn(len(x), *z_shape, device=x.device)
         with run.autocast():
-            x_hat, mean, logvar = vae(x, eps)
-            loss, error, kl = vae_loss(x, x_hat, mean, logvar, cfg.kl_weight,
-                                       cfg.reconstruction)
-        x_hat = x_hat.float()
+            output = vae(x, eps)
+        x_hat, mean, logvar = (part.float() for part in output)
+        loss, error, kl = vae_loss(x, x_hat, mean, logvar, cfg.kl_weight,
+                                   cfg.reconstruction)
         adversarial = cfg.adversarial > 0 and step >= cfg.adversarial_start
         if adversarial:  # [LDM] Eq. 25, the minimum: the autoencoder fools it
             adversary = -discriminator(x_hat).mean()
@@ -710,6 +714,7 @@ def train_vae(cfg, run, data):
             run.average_gradients(discriminator)
             nn.utils.clip_grad_norm_(discriminator.parameters(), 100.0)
             optimizer_d.step()
+            run.log(discriminator_loss=loss)
     vae.zero_grad()  # its gradients would stay in memory
     return vae.eval().requires_grad_(False)
 
@@ -736,13 +741,15 @@ def train(cfg, run, data):
 
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     ema = EMA(model, cfg.ema)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
-                                  weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), cfg.lr, weight_decay=cfg.weight_decay,
+        fused=run.device.type != "mps")  # one kernel for all weights
 
     # run.steps: progress bar, checkpoints, resume, Ctrl-C (common/run.py)
     for step in run.steps(cfg.steps, model=model, ema=ema.model, vae=vae,
                           optimizer=optimizer):
         set_learning_rate(optimizer, cfg, step)
+        # the latents of mirrored pictures are among them already
         moments, _ = run.batch(latents, flip=False)  # [DDPM] Alg. 1, line 2
         mean, logvar = moments.chunk(2, dim=1)
         z0 = vae.scale * reparameterise(mean, logvar, torch.randn_like(mean))
@@ -752,7 +759,7 @@ def train(cfg, run, data):
             loss = ddpm_loss(model, z0, t, eps, schedule)  # line 5: [LDM] Eq. 2
         optimizer.zero_grad()
         loss.backward()
-        run.average_gradients(model)  # over several processes
+        run.average_gradients(model)  # over all processes; fp16: drops an overflow
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         ema.update(model, step)
@@ -930,7 +937,7 @@ def main(argv=None):
     else:
         model, vae = train(cfg, run, data)
     if not run.main:
-        return  # of several processes one draws
+        return  # only the first process draws
 
     figure_loss(run)
     figure_autoencoder(run, vae, data)

@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from common import plotting, quality
 from common.cli import (Count, Fraction, Mistake, NonNegative, OpenFraction, Positive,
-                        Probability, Whole, check_sizes, command_line)
+                        Probability, Whole, check_sizes, command_line, writing)
 from common.data import (POINTS, SERIES, cached, load_data, make_masks, point_density,
                          read_question)
 from common.device import counted, seeded
@@ -76,20 +76,20 @@ class Config:
     beta_max: Positive = 20.0    # linear beta(t) at t = 1 (paper: 20)
     sigma_min: Positive = 0.02   # smallest noise of ve (paper: 0.01 for x in [0, 1])
     sigma_max: Positive = 100.0  # largest noise of ve (paper: 50 for x in [0, 1])
-    weighting: Weighting = "logit_normal"  # loss weight of t (paper: simple, std^2)
+    weighting: Weighting = "logit_normal"  # weight lambda(t) (paper: simple, std^2)
     # sampling
-    sampler: Sampler = "pc"           # sampler (paper: pc for ve, em for vp and subvp)
+    sampler: Sampler = "pc"           # SDE or ODE (paper: ve pc, vp, subvp em)
     N: Count = 500                    # steps; rk4: N / 4, rk45: adaptive (paper: 1000)
     predictor: Predictor = "reverse"  # predictor of pc and imputation (code: reverse)
     corrector_steps: Whole = 1        # corrector steps per predictor step (paper: 1)
     snr: Positive = 0.16              # corrector's ratio r (paper: ve 0.16, vp 0.01)
     tolerance: OpenFraction = 1e-4    # rtol and atol of rk45 (paper: 1e-5)
     denoise: bool = True              # end with a noise-free mean (paper: yes)
-    clip_x0: bool = True              # clamp x0_hat of images to [-1, 1] (paper: no)
+    clip_x0: bool = True              # clamp x0_hat in sampling images (paper: no)
     std_floor: Probability = 1e-5     # smallest std by which eps_hat is divided
     temperature: NonNegative = 1.0    # scale of x_T alone (paper: 1)
     likelihood: Whole = 16            # held-out examples whose likelihood is computed
-    n_samples: Count = 64             # samples to draw (points: 100 times, series: 5)
+    n_samples: Count = 64             # samples drawn; points: 100 n, series: 5 n
     classes: tuple[str, ...] = ()     # classes to draw with a noisy classifier (Eq. 49)
     classifier_steps: Count = 1500    # training steps of the classifier
     inpaint_N: Count = 50             # imputation steps, where part of x is known
@@ -104,14 +104,14 @@ class Config:
     flip: bool = False       # mirror pictures at random (code: yes; never for digits)
     dequantize: bool = True  # spread 8-bit values evenly over their bins (code: no)
     # network
-    channels: Count = 32                 # base width of the U-Net (code: 128)
+    channels: Count = 32                 # width of the U-Net, even, >= 4 (code: 128)
     mults: tuple[Count, ...] = (1, 2)    # relative width of each level (code: 1 2 2 2)
     blocks: Count = 1                    # residual blocks per level (paper: 4)
     attention: tuple[Count, ...] = (7,)  # resolutions with attention (code: 16)
     heads: Count = 1                     # attention heads (code: 1)
     groups: Count = 8                    # groups in each group norm (code: 32)
     dropout: Fraction = 0.0              # dropout in residual blocks (code: 0.1)
-    patch: Count = 2                     # patch size of the U-Net (paper: none, 1)
+    patch: Count = 2                     # p x p pixels become channels (paper: none, 1)
     fir: bool = False  # anti-aliased resampling (paper: NCSN++ yes, DDPM++ no)
     skip_rescale: bool = False           # scale residual sums by 1/sqrt(2) (paper: yes)
     biggan: bool = False                 # resample inside residual blocks (paper: yes)
@@ -120,13 +120,13 @@ class Config:
     layers: Count = 4                    # blocks of the MLP or SeriesNet
     # training
     steps: Count = 4000          # optimiser steps (paper: 1300000)
-    batch_size: Count = 32       # batch size over all processes (paper: 128)
+    batch_size: Count = 32       # examples per step, all processes (paper: 128)
     lr: Positive = 2e-3          # peak learning rate (code: 2e-4)
     warmup: Whole = 200          # steps of learning-rate warm-up (code: 5000)
     decay: Literal["cosine", "constant"] = "cosine"  # decay of lr (code: constant)
     weight_decay: NonNegative = 0.0  # AdamW's weight decay; 0 gives Adam (code: 0)
     grad_clip: Positive = 1.0    # largest norm of the gradient (code: 1)
-    ema: Fraction = 0.999        # EMA decay of the weights (paper: ve 0.999, vp 0.9999)
+    ema: Fraction = 0.999        # decay of the average (paper: ve 0.999, vp 0.9999)
     preview_every: Count = 1000  # steps between previews and checkpoints
 
 
@@ -559,8 +559,8 @@ def predictor_corrector(score, sde, shape, steps, snr=0.16, corrector_steps=1,
 def solve(velocity, state, t, s, tolerance):
     """d state/dt = velocity(state, t) by scipy's adaptive RK45: yields (t, state) to s.
 
-    state: a tuple of tensors, and so are velocity's answers. tolerance: both relative
-    and absolute. FloatingPointError where the solver gives up.
+    state: a tuple of tensors; velocity returns such a tuple. tolerance: both relative
+    and absolute. Raises FloatingPointError if the solver fails.
     """
     from scipy.integrate import RK45
 
@@ -575,7 +575,7 @@ def solve(velocity, state, t, s, tolerance):
                      in zip(torch.from_numpy(flat).split(sizes), state, strict=True))
 
     def slope(u, flat):
-        u = min(max(u, min(t, s)), max(t, s))  # scipy 1.11 looks beyond the ends
+        u = min(max(u, min(t, s)), max(t, s))  # scipy 1.11 evaluates beyond the ends
         found = pack(velocity(unpack(flat), float(u)))
         if not np.isfinite(found).all():  # the solver would never end
             raise FloatingPointError(f"the ODE solver stopped at t = {u:g}: nan or inf")
@@ -809,7 +809,7 @@ def zero_init(layer):
 class ResBlock(nn.Module):
     """Two convolutions and the time. (B, c_in, H, W) -> (B, c_out, H, W)."""
 
-    recompute = True  # --grad_checkpointing computes its activations again
+    recompute = True  # activations, in the backward pass (--grad_checkpointing)
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -1065,7 +1065,7 @@ class ScoreMLP(nn.Module):
 class DilatedBlock(nn.Module):
     """A dilated and a plain convolution, and the time. (B, C, 1, L) -> the same."""
 
-    recompute = True  # --grad_checkpointing computes its activations again
+    recompute = True  # activations, in the backward pass (--grad_checkpointing)
 
     def __init__(self, channels, dilation, time_dim):
         super().__init__()
@@ -1136,8 +1136,8 @@ class NoisyClassifier(nn.Module):
         h = self.block3(self.attention(self.block2(h, emb)), emb)
         h = F.silu(self.norm_out(h))
         H, W = (max(2, size) for size in h.shape[2:])
-        h = F.interpolate(h, (H, W))  # of a 4 x 4 image a single pixel is left
-        # to 2 x 2, by what MPS can do with odd sizes, too
+        h = F.interpolate(h, (H, W))  # a 4 x 4 image has shrunk to one pixel
+        # average to 2 x 2, with windows that MPS supports for odd sizes
         h = F.avg_pool2d(h, ((H + 1) // 2, (W + 1) // 2), (H // 2, W // 2))
         return self.out(h.flatten(1))
 
@@ -1178,7 +1178,10 @@ class EMA:
 
 
 def set_learning_rate(optimizer, cfg, step):
-    """A linear warm-up to cfg.lr, then as cfg.decay says. step: 0..cfg.steps - 1."""
+    """Warm up linearly to cfg.lr; a cosine decay multiplies this from step 0 on.
+
+    step: 0..cfg.steps - 1.
+    """
     lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
     if cfg.decay == "cosine":
         lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
@@ -1195,8 +1198,9 @@ def train(cfg, run, data):
         model.offset.fill_(data.offset)
         model.unit.fill_(data.unit)
     ema = EMA(model, cfg.ema)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
-                                  weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), cfg.lr, weight_decay=cfg.weight_decay,
+        fused=run.device.type != "mps")  # one kernel for all weights
     images = len(data.shape) == 3
 
     # run.steps: progress bar, checkpoints, resume, Ctrl-C (common/run.py)
@@ -1206,10 +1210,11 @@ def train(cfg, run, data):
         if cfg.dequantize and images:
             x0 = dequantize(x0)
         with run.autocast():
-            loss = score_loss(model, sde, x0, cfg.weighting)  # [SDE] Eq. 7
+            # [SDE] Eq. 7; draws t and eps
+            loss = score_loss(model, sde, x0, cfg.weighting)
         optimizer.zero_grad()
         loss.backward()
-        run.average_gradients(model)  # over several processes
+        run.average_gradients(model)  # over all processes; fp16: drops an overflow
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         ema.update(model, step)
@@ -1235,11 +1240,12 @@ def train_classifier(cfg, run, sde, data):
         return network(over(c_in, x) * x, 999 * t)
 
     def fit(network):
-        optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0.05)
-        rate = replace(cfg, lr=3e-3, steps=cfg.classifier_steps)
+        optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0.05,
+                                      fused=run.device.type != "mps")
+        its_cfg = replace(cfg, lr=3e-3, steps=cfg.classifier_steps)
         for step in run.steps(cfg.classifier_steps, "classifier", save=False,
                               classifier=network, optimizer=optimizer):
-            set_learning_rate(optimizer, rate, step)
+            set_learning_rate(optimizer, its_cfg, step)
             x0, y = run.batch(data.train, data.train_labels, size=64)
             shift = tuple(torch.randint(-2, 3, (2,)).tolist())
             x0 = torch.roll(x0, shift, dims=(2, 3))  # for [ADM]'s random crops
@@ -1719,7 +1725,10 @@ def measure_points(run, cfg, score, sde, data, samples):
                              "energy_distance_of_data": float(np.mean(of_data))})
     if cfg.likelihood:
         x = data.test[:cfg.likelihood]
-        logp = log_likelihood(score, sde, x, tolerance=cfg.tolerance)
+        try:
+            logp = log_likelihood(score, sde, x, tolerance=cfg.tolerance)
+        except FloatingPointError as problem:
+            return run.say(f"no likelihood: {problem}")
         run.add_metrics(likelihood={
             "n": len(x), "nats": logp.mean().item(),
             "nats_of_the_truth": point_density(data.name, x).log().mean().item()})
@@ -1731,8 +1740,11 @@ def measure_bits(run, cfg, model, sde, data):
         return
     x = data.test if run.opts.evaluate else data.test[:cfg.likelihood]
     score = score_fn(model, sde, cfg.std_floor)
-    bits = torch.cat([bits_per_dim(score, sde, part, tolerance=cfg.tolerance)
-                      for part in tqdm(x.split(100), desc="bits/dim", leave=False)])
+    try:
+        bits = torch.cat([bits_per_dim(score, sde, part, tolerance=cfg.tolerance)
+                          for part in tqdm(x.split(100), "bits/dim", leave=False)])
+    except FloatingPointError as problem:
+        return run.say(f"no bits/dim: {problem}")
     error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else None
     run.add_metrics(bits_per_dim={"n": len(x), "mean": bits.mean().item(),
                                   "standard_error": error})
@@ -1784,7 +1796,8 @@ def show_points(run, cfg, score, sde, data, samples):
 def show_series(run, cfg, score, sde, data, samples):
     """The figures and numbers of series, and the samples as a table."""
     table = data.restore(samples[:, 0].cpu().double()).numpy()
-    np.savetxt(run.path("samples.csv"), table, "%.9g", ",")
+    with writing(run.path("samples.csv")):
+        np.savetxt(run.path("samples.csv"), table, "%.9g", ",")
     figure_walk(run, score, sde, (6, *data.shape))
     figure_series(run, data, samples)
     figure_forecast(run, cfg, score, sde, data)
@@ -1827,7 +1840,7 @@ def main(argv=None):
     if cfg.classes and not run.stopped:
         classifier = train_classifier(cfg, run, sde, data)
     if not run.main:
-        return  # of several processes one draws
+        return  # only the first process draws
     if kind == 2:
         data = data.rescale(model.offset.item(), model.unit.item())
 

@@ -50,7 +50,7 @@ class Range(NamedTuple):
 
     def __str__(self):
         if self.high < math.inf:
-            left, right = "(["[not self.open_low], ")]"[not self.open_high]
+            left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
             return f"in {left}{self.low:g}, {self.high:g}{right}"
         if self.low > -math.inf:
             return f"{'>' if self.open_low else '>='} {self.low:g}"
@@ -64,7 +64,7 @@ NonNegative = Annotated[float, Range(0)]
 Probability = Annotated[float, Range(0, 1)]
 Fraction = Annotated[float, Range(0, 1, open_high=True)]
 OpenFraction = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
-LARGEST = 10**9  # of all whole numbers: beyond it there is only a slip of the keyboard
+LARGEST = 10**9  # the largest whole number accepted; a larger one is a typing error
 
 
 def check_config(cfg):
@@ -95,7 +95,11 @@ def _read_hint(hint):
     if get_origin(hint) is Literal:
         return type(get_args(hint)[0]), Range(), get_args(hint)
     if get_origin(hint) is Annotated:
-        return *get_args(hint)[:2], ()
+        kind, *notes = get_args(hint)
+        return kind, next((n for n in notes if isinstance(n, Range)), Range()), ()
+    if hint not in (int, float, bool, str):
+        raise TypeError(f"Config: {hint} is no type of a setting; use int, float, "
+                        "bool, str, Literal, Annotated, or tuple[one of these, ...]")
     return hint, Range(), ()
 
 
@@ -135,10 +139,10 @@ def spell(value):
 # Lines and files
 
 
-def say(text, file=None):
+def say(text):
     """Print one line above a progress bar; of several processes only the first does."""
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(" ".join(str(text).splitlines()), file or sys.stdout)
+        tqdm.write(" ".join(str(text).splitlines()))
 
 
 _say_once = functools.cache(say)
@@ -156,11 +160,11 @@ def writing(path):
 
 def write_whole(path, content):
     """Write bytes or text under another name, then rename: never half a file."""
+    content = content.encode() if isinstance(content, str) else content
     scratch = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with writing(path):
-            text = isinstance(content, str)
-            scratch.write_bytes(content.encode() if text else content)
+            scratch.write_bytes(content)
             for seconds in (0.1, 0.2, 0.4, 0.8, 0):
                 try:
                     return os.replace(scratch, path)
@@ -210,7 +214,7 @@ def command_line(main):
                 raise
             text, status = str(problem), 2
             if isinstance(problem, KeyboardInterrupt):
-                text, status = "stopped: the run folder keeps what is finished", STOPPED
+                text, status = "stopped: finished files stay in the run folder", STOPPED
             elif not isinstance(problem, Mistake):
                 text = ("out of memory: a smaller --batch_size, --channels, "
                         f"--image_size or --n_samples needs less ({text})")
@@ -238,7 +242,7 @@ class _Stream:
             self._stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-        except RuntimeError:  # Ctrl-C came while a line was written, and says its own
+        except RuntimeError:  # Ctrl-C during a write: its handler prints, too
             pass
         return len(text)
 
@@ -282,11 +286,12 @@ def parse_args(Config, presets, argv=None):
     opts.given = {k: tuple(v) if isinstance(v, list) else v
                   for k, v in values.items() if k in names}
     kind = opts.given.get("dataset", "").partition(":")[0]
-    if opts.preset is None and kind in presets:
+    if kind in presets and (opts.preset, opts.config, opts.resume) == (None,) * 3:
         opts.preset = kind
     if opts.evaluate is not None and not 10 <= opts.evaluate <= 1e6:
         raise Mistake(f"--evaluate {opts.evaluate}: must be in [10, 1e6]")
-    for one, other in (("sample", "resume"), ("config", "resume")):
+    for one, other in (("sample", "resume"), ("config", "resume"),
+                       ("preset", "config")):
         if getattr(opts, one) is not None and getattr(opts, other) is not None:
             raise Mistake(f"--{one} and --{other} exclude each other")
     check_seed(opts.seed, f"--seed {opts.seed}")
@@ -372,7 +377,7 @@ def _read_config(opts, Config):
                       f"({type(problem).__name__})") from None
     check_seed(seed, where)
     opts.seed = seed if opts.seed is None else opts.seed
-    opts.preset = opts.preset or stored.get("preset")
+    opts.preset = stored.get("preset")
     take_settings(opts, stored.get("run"))
     return config_from(values, Config, where)
 
@@ -398,8 +403,8 @@ def config_from(values, Config, where):
     if not isinstance(values, dict) or not known & set(values):
         raise Mistake(f"{where}: its Config is not one of this script")
     if differs := sorted(known ^ set(values)):
-        say(f"{where}: only one of it and this file has {', '.join(differs)}; this "
-            "file's defaults are taken")
+        say(f"{where}: the stored Config and this file's differ in the fields "
+            f"{', '.join(differs)}: what it lacks takes this file's default")
     cfg = Config(**{name: tuple(value) if isinstance(value, list) else value
                     for name, value in values.items() if name in known})
     try:
@@ -422,8 +427,8 @@ def merge_config(trained, cfg, sampling, given, where):
             raise Mistake(f"{name} {spell(given[name])}: {where} was made with "
                           f"{spell(getattr(trained, name))}")
     if differs:
-        say("as the checkpoint was trained, not as this file has it: " + ", ".join(
-            f"{name} {spell(getattr(trained, name))} (here {spell(getattr(cfg, name))})"
-            for name in differs))
+        say("settings kept from the checkpoint: " + ", ".join(
+            f"{name} {spell(getattr(trained, name))} (this file: "
+            f"{spell(getattr(cfg, name))})" for name in differs))
     return dataclasses.replace(
         trained, **{name: getattr(cfg, name) for name in sampling})

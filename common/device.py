@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import os
+import random
 import statistics
 import sys
 import time
@@ -80,7 +81,7 @@ def torchrun():
 
 @contextlib.contextmanager
 def first_process_first():
-    """The first process runs the block alone, then the others find its files there."""
+    """The first process runs the block, then the others do, and find its files."""
     several = dist.is_initialized()
     if several and dist.get_rank() > 0:
         dist.barrier()
@@ -102,7 +103,8 @@ def pick_device(name="auto"):
 
 
 def seed_everything(seed):
-    """Seed torch (every device) and numpy."""
+    """Seed torch (every device), numpy and random; a resume restores torch's alone."""
+    random.seed(seed)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
 
@@ -197,7 +199,7 @@ def training_cost(model, loss, repeats=3):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        value = loss()  # alive, so that no storage is counted under another's address
+        value = loss()  # keeps the graph: a freed address could be counted twice
     memory = sum(kept.values())
     del value
     with FlopCounterMode(display=False) as counter:

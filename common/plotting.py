@@ -307,7 +307,7 @@ def smooth(values, window=50):
 
 def loss_curve(log, title, column="loss"):
     """A part of `curves`: the loss of each step in a log; None for an empty log."""
-    if not log:
+    if column not in log:
         return None
     mean = smooth(log[column], 100)
     return {"lines": {"each step": (log["step"], log[column], "0.75"),

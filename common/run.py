@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -54,14 +55,15 @@ def open_run(script, Config, presets, sampling=(), argv=None, reads=()):
         state = load_checkpoint(folder, (script,), where, {
             "loop": str, "random": list, "optimizer": dict})
         take_settings(opts, state.get("run"))
-        if opts.seed not in (None, state["seed"]):
-            raise Mistake(f"--seed {opts.seed}: {source} goes on with its own, "
-                          f"{state['seed']}")
-        opts.seed = state["seed"]
+        for name in ("seed", "preset"):
+            own, given = state[name], getattr(opts, name)
+            if given is not None and own not in ("", given):
+                raise Mistake(f"--{name} {given}: {source} goes on with its own, {own}")
+            setattr(opts, name, own)
     if state is not None:
         say(f"loaded {source} ({_describe(state)})")
         opts.preset = opts.preset or state["preset"]
-        if opts.preset in presets and not opts.config:
+        if opts.resume is None and opts.preset in presets and not opts.config:
             cfg = dataclasses.replace(presets[opts.preset], **opts.given)
         stored = state["config"]
         if state["script"] != script:  # what is not shared keeps this script's values
@@ -78,12 +80,18 @@ def open_run(script, Config, presets, sampling=(), argv=None, reads=()):
         if getattr(opts, name) in (None, ""):
             setattr(opts, name, value)
     place = device.launch(opts.device)
-    if opts.amp == "fp16" and place.device.type != "cuda":
-        raise Mistake(f"--amp fp16: must be bf16 or off on {place.device.type}")
+    precisions = ("off", "bf16", "fp16")[:3 if place.device.type == "cuda" else 2]
+    if opts.amp not in precisions:
+        raise Mistake(f"--amp {opts.amp}: must be one of {', '.join(precisions)} on "
+                      f"{place.device.type}")
     if cfg.batch_size % place.world:
         raise Mistake(f"batch_size {cfg.batch_size}: must be a multiple of "
                       f"{place.world}, the number of processes")
+    if opts.tensorboard and find_spec("tensorboard") is None:
+        raise Mistake("--tensorboard: the package is not installed (pip install "
+                      "tensorboard)")
     device.seed_everything(opts.seed)
+    plotting.not_drawn.clear()
     run = Run(script, cfg, opts, place, folder, state, begin, where)
     if folder and run.main:
         run.read_metrics()  # if it cannot be read, say so before the training
@@ -136,10 +144,10 @@ def _train_on(trained, given, state, source):
     """The Config of a run that is resumed, with the number of steps given by hand."""
     steps, done = given.get("steps", trained.steps), state["step"]
     if state["loop"] == "model" and steps < done:
-        raise Mistake(f"steps {steps}: must be >= {done}, which {source} has done")
+        raise Mistake(f"steps {steps}: must be >= {done}, the step of {source}")
     if steps != trained.steps:
-        say(f"trains to step {steps} instead of {trained.steps}; the decay of the "
-            "learning rate continues as if that had been the end from the beginning")
+        say(f"trains to step {steps} instead of {trained.steps}; the learning rate "
+            f"goes on as in a run of {steps} steps")
     return dataclasses.replace(trained, steps=steps)
 
 
@@ -151,7 +159,7 @@ def _describe(state):
     if loop != "model" or steps != step:
         words = f"unfinished: {words}"
     if state["preset"] == "smoke":
-        words += ", a smoke run, which only shows that all works"
+        words += ", a smoke run, too short to learn anything"
     return words
 
 
@@ -170,7 +178,8 @@ def reading(where):
     except FileNotFoundError:
         raise Mistake(f"{where}: no such file") from None
     except Exception as problem:
-        reason = f"{type(problem).__name__}: {str(problem):.60}".splitlines()[0]
+        reason = getattr(problem, "strerror", None) or (
+            f"{type(problem).__name__}: {' '.join(str(problem).split()):.300}")
         raise Mistake(f"{where}: damaged, or not a checkpoint that fits this script "
                       f"and its Config ({reason})") from None
 
@@ -253,9 +262,10 @@ class Log:
             text = self.path.read_text("utf-8", errors="replace")
             rows = [row for row in csv.DictReader(text.splitlines())
                     if None not in row and None not in row.values()]
-            [[float(text or "nan") for text in row.values()] for row in rows]
-            return rows if not rows or "step" in rows[0] else float("no step")
-        except (ValueError, csv.Error):
+            for row in rows:
+                [float(text or "nan") for text in (row["step"], *row.values())]
+            return rows
+        except (KeyError, ValueError, csv.Error):
             raise Mistake(f"{self.path}: is not the log of a run") from None
 
     def read(self):
@@ -289,17 +299,19 @@ class Log:
 
 
 class LossScale:
-    """The loss scale of fp16 training: gradients inside the network are `scale` larger.
+    """The loss scale of fp16 training: it multiplies the gradients inside the network.
 
     Small gradients would be 0 in fp16. The gradient that enters the network at its
-    output is multiplied, that of each weight, in fp32, divided again, so that the
-    training loop needs to know nothing of it. Where a gradient overflows, the step is
-    left out and the scale halved; after 2,000 good steps it is doubled.
+    output is multiplied; those that leave it, by a weight or an input, are divided
+    again in fp32. So the training loop needs to know nothing of it. Where a gradient
+    overflows, the step is left out and the scale halved; after 2,000 good steps it is
+    doubled.
     """
 
     def __init__(self, model, scale=2.0**16, good_steps=0):
         self.model, self.scale, self.good_steps = model, scale, good_steps
-        self.hooks = [model.register_forward_hook(self._enlarge)]
+        self.hooks = [model.register_forward_hook(self._enlarge),
+                      model.register_forward_pre_hook(self._divide)]
         self.hooks += [p.register_hook(lambda grad: grad / self.scale)
                        for p in model.parameters()]
 
@@ -311,12 +323,23 @@ class LossScale:
             output.register_hook(lambda grad: grad * self.scale)
         return output
 
+    def _divide(self, module, inputs):
+        inputs = [x.view_as(x) if getattr(x, "requires_grad", False) else x
+                  for x in inputs]
+        for x in inputs:
+            if getattr(x, "requires_grad", False):
+                x.register_hook(lambda grad: grad / self.scale)
+        return tuple(inputs)
+
     def check(self, gradients):
         """Drop the gradients of a step that overflowed, and adapt the scale."""
         self.good_steps += 1
         if not all(bool(torch.isfinite(grad).all()) for grad in gradients):
             self.model.zero_grad()  # optimizer.step() leaves a weight without one alone
             self.scale, self.good_steps = self.scale / 2, 0
+            if self.scale < 2.0**-24:
+                raise Mistake("--amp fp16: the gradients are not finite at any loss "
+                              "scale; --amp off shows where that begins")
         elif self.good_steps == 2000:
             self.scale, self.good_steps = self.scale * 2, 0
 
@@ -344,22 +367,13 @@ class Run:
         self._folder, self._state, self._where = folder, state, where
         self._row, self._loss_scale, self._saved = {}, (), None
         self._unsaved = self._board = None
-        plotting.not_drawn.clear()
-        if opts.tensorboard and self.main:
-            try:
-                from torch.utils.tensorboard import SummaryWriter  # noqa: F401
-            except ImportError:
-                raise Mistake("--tensorboard: is not installed (pip install "
-                              "tensorboard)") from None
 
     # Files
 
     @property
     def folder(self):
         """The run folder, made when first asked for: a mistake leaves nothing."""
-        if self._unsaved:  # a loop that was left by a break
-            end, self._unsaved = self._unsaved, None
-            end()
+        self._finish_loop()
         if self._folder is None and self.main:
             self._folder = _new_folder(Path(self.opts.out) / self.script)
             self._write_config()
@@ -368,7 +382,16 @@ class Run:
 
     def path(self, name):
         """Where a file of this run lies."""
+        if not self.main:
+            raise RuntimeError("only the first process has a run folder: write "
+                               "`if run.main:` before it")
         return self.folder / name
+
+    def _finish_loop(self):
+        """Save the state of a loop that was left by a break."""
+        end, self._unsaved = self._unsaved, None
+        if end:
+            end()
 
     def say(self, text):
         """Print a line, from the first process only."""
@@ -427,13 +450,13 @@ class Run:
     def batch(self, x, labels=None, size=None, flip=None):
         """This process's part of a random batch of x: (examples, their labels or None).
 
-        size: cfg.batch_size unless given. flip: mirror each image with probability 1/2,
-        as cfg.flip says unless given.
+        size: the run's cfg.batch_size unless given. flip: mirror each image with
+        probability 1/2; as the run's cfg.flip says unless given.
         """
         size = (size or self.cfg.batch_size) // self.launch.world
         i = torch.randint(len(x), (size,), device=self.device)
         batch = x[i]
-        if self.cfg.flip if flip is None else flip:
+        if getattr(self.cfg, "flip", False) if flip is None else flip:
             mirrored = torch.rand(size, 1, 1, 1, device=self.device) < 0.5
             batch = torch.where(mirrored, batch.flip(3), batch)
         return batch, None if labels is None else labels[i]
@@ -472,8 +495,8 @@ class Run:
     def _diverged(self, problem):
         last = "" if self._saved is None else (
             f"; the last good checkpoint is of step {self._saved} in {self._folder}")
-        raise Mistake(f"{problem} at step {self.step + 1}, the learning rate may be "
-                      f"too high (--lr {self.cfg.lr:g}){last}")
+        raise Mistake(f"{problem} at step {self.step + 1}, a learning rate of "
+                      f"{self._rate:g} may be too high{last}")
 
     # The training loop
 
@@ -484,9 +507,13 @@ class Run:
         called `name`. There is a progress bar, a row of the log for each step that
         called run.log, a checkpoint every cfg.preview_every steps and at the end, also
         after a break. A resumed run begins at its checkpoint's step. Ctrl-C ends the
-        loop after the step under way, a second one leaves at once. save=False: no log,
-        no checkpoint, no resume.
+        loop after the step under way, a second one leaves at once. Gradients are not
+        saved: where they are accumulated over several steps, preview_every should be a
+        multiple of these. save=False: no log, no checkpoint, no resume.
         """
+        if self.stopped:
+            say(f"stopped before: the {name} is not trained; --resume goes on")
+            return
         model = parts[name]
         blocks = [m for m in model.modules() if getattr(m, "recompute", False)]
         if self.opts.grad_checkpointing and not blocks:
@@ -500,22 +527,24 @@ class Run:
         log = Log(self.path(_log_name(name)), first) if save and self.main else None
         groups = [group for part in parts.values()
                   for group in getattr(part, "param_groups", ())]
-        for group in groups:
-            group["fused"] = self.device.type != "mps"  # one kernel for all weights
+        self._rate = max((part.defaults["lr"] for part in parts.values()
+                          if hasattr(part, "defaults")), default=math.nan)
         self._prepare(model, blocks)
         self._saved, done, begin = None, first, time.perf_counter()
 
-        def end(states=None):
+        def end(seconds, states=None):
             if save:
                 self._save(done, name, parts, states)
-                self._measure(name, model, done, first, time.perf_counter() - begin)
+                self._measure(name, model, done, first, seconds)
 
         def finish_step():
             shown = {key: f"{value:.4g}" for key, value in self._row.items()}
             bar.set_postfix(shown, refresh=False)
             if self._row and log:
-                row = self._row | ({"lr": groups[0]["lr"]} if groups else {})
-                log.append({"step": done, **row})
+                row = dict(self._row)
+                if groups:
+                    row.setdefault("lr", groups[0]["lr"])
+                log.append({"step": done, **row} | {"step": done})
                 self._to_tensorboard(name, done, row)
             self._row = {}
 
@@ -534,12 +563,14 @@ class Run:
                     self._save(done, name, parts)
                 if self.stopped:
                     break
-            end()
-        except GeneratorExit:  # a break, or an error, after which nobody asks for more
+            end(time.perf_counter() - begin)
+        except GeneratorExit:  # the body left the loop: by a break, or by an error
             if self._row:
                 done = self.step + 1
                 finish_step()
-            self._unsaved = partial(end, [device.random_state(self.device)])
+            # After an error nothing more is asked of the run, and nothing saved.
+            self._unsaved = partial(end, time.perf_counter() - begin,
+                                    [device.random_state(self.device)])
             raise
         finally:
             bar.close()
@@ -560,6 +591,9 @@ class Run:
         first, states = 0, []
         if state is not None:
             later = state["loop"] != name
+            if name not in state:
+                raise Mistake(f"{self._where}: holds no {name}, only the loop "
+                              f"{state['loop']!r:.80}")
             with reading(self._where):
                 for key, part in parts.items():
                     if not later or key in state and not key.startswith("optimizer"):
@@ -582,13 +616,13 @@ class Run:
         return first
 
     def _prepare(self, model, blocks):
-        """Make the network compute as the flags ask; _undo takes it back."""
+        """Make the network compute as the flags ask."""
         if self.opts.grad_checkpointing:
             for block in blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if self.opts.amp == "fp16":
             self.scale = LossScale(model, *self._loss_scale)
-            self._loss_scale = ()  # of a checkpoint, for its own loop alone
+            self._loss_scale = ()  # a checkpoint's is for the loop it was saved in
         if self.opts.compile:
             model.compile()
 
@@ -638,19 +672,20 @@ class Run:
                 self._board = SummaryWriter(self.path("tensorboard"))
             for key, value in values.items():
                 self._board.add_scalar(f"{name}/{key}", value, step)
+            self._board.flush()
 
     def _listen(self):
-        """Answer Ctrl-C instead of Python; returns the answer that was set before."""
+        """Handle Ctrl-C in place of Python; returns the handler that was set before."""
         def interrupt(*_):
-            if self.stopped and in_notebook():
-                raise KeyboardInterrupt
             if self.stopped:
+                if in_notebook():
+                    raise KeyboardInterrupt
                 os._exit(STOPPED)
             self.stopped = True
             say("stopping: saving and sampling what there is (Ctrl-C again leaves)")
 
-        here = threading.current_thread() is threading.main_thread()
-        if not self.main or self.launch.world > 1 or not here:
+        main_thread = threading.current_thread() is threading.main_thread()
+        if self.launch.world > 1 or not main_thread:
             return None  # torchrun stops its processes itself
         return signal.signal(signal.SIGINT, interrupt)
 
@@ -677,6 +712,7 @@ class Run:
         batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
         bar = tqdm(total=steps * len(batches), desc=f"sample {n}", unit="step",
                    leave=False, disable=not self.main)
+        self._finish_loop()
         parts, begin = [], time.perf_counter()
         with bar, device.counted(network) as calls, self.autocast():
             for batch in batches:

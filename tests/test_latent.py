@@ -55,7 +55,7 @@ def stop_after(run, name, step):
 
     def stopping(**values):
         log(**values)
-        stage = "vae_log.csv" if "kl" in values else "log.csv"
+        stage = "vae_log.csv" if {"kl", "discriminator_loss"} & set(values) else "log.csv"
         run.stopped = (stage, run.step + 1) == (name, step)
 
     run.log = stopping

@@ -67,7 +67,7 @@ def test_a_preset_edited_since_counts_for_the_draw_alone_and_is_said(drawn_from,
     cfg, _ = runs.open_run("toy", Config, edited, SAMPLING, argv)
     assert cfg.n_samples == 31 and cfg.widths == (3,)
     said = capsys.readouterr().out.splitlines()[1]
-    assert "widths 3 (here 9 9)" in said and "T 5 (here 2)" in said and "n_samples" not in said
+    assert "widths 3 (this file: 9 9)" in said and "T 5 (this file: 2)" in said and "n_samples" not in said
     open_toy(tmp_path, "--resume", drawn_from)
     assert len(capsys.readouterr().out.splitlines()) == 1  # a run that goes on is no edit
 
@@ -352,16 +352,48 @@ def test_a_seed_is_the_run_s_own(tmp_path):
         open_toy(tmp_path / "1", "--resume", "--seed", 0)
 
 
+def test_a_renamed_loop_is_not_skipped_silently(tmp_path):
+    _, run = open_toy(tmp_path)
+    fit(run)
+    _, again = open_toy(tmp_path, "--resume")
+    with pytest.raises(Mistake, match="holds no network, only the loop 'model'"):
+        fit(again, name="network")
+
+
+def test_the_preset_of_a_stored_run_is_its_own(drawn_from, tmp_path):
+    with pytest.raises(Mistake, match="--preset laptop: .* goes on with its own, smoke"):
+        open_toy(tmp_path, "--resume", drawn_from, "--preset", "laptop")
+    with pytest.raises(Mistake, match="--preset and --config exclude each other"):
+        open_toy(tmp_path, "--config", drawn_from / "config.json", "--preset", "laptop")
+    assert open_toy(tmp_path, "--resume", drawn_from)[1].opts.preset == "smoke"
+
+
+def test_a_stored_precision_that_does_not_exist(drawn_from, tmp_path):
+    stored = json.loads((drawn_from / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"run": {"amp": "fp17"}}))
+    with pytest.raises(Mistake, match="--amp fp17: must be one of off, bf16 on cpu"):
+        open_toy(tmp_path, "--config", tmp_path / "config.json")
+
+
+def test_an_edited_network_is_named_with_what_does_not_fit(drawn_from, tmp_path):
+    _, run = open_toy(tmp_path, "--sample", drawn_from)
+    larger = network()
+    larger.append(nn.Linear(1, 1))
+    with pytest.raises(Mistake, match="Missing key.*4.weight"):
+        run.trained(larger)
+
+
 def test_what_resume_refuses(folder, tmp_path):
     shutil.copy(folder / "checkpoint.pt", folder / "model.pt")
     for argv, words in [
             (("--resume", folder, "--seed", 5), "--seed 5"),
-            (("--resume", folder, "--config", folder / "config.json"), "--config and --resume"),
             (("--resume", folder, "--steps", 1), "steps 1: must be >= 2"),
             (("--resume", folder / "model.pt"), "must be a run folder"),
             (("--sample", folder / "log.csv"), "--sample .*log.csv")]:
         with pytest.raises(Mistake, match=words):
             open_run(ddpm, tmp_path, *argv)
+    with pytest.raises(Mistake, match="--config and --resume exclude each other"):
+        open_toy(tmp_path, "--resume", folder, "--config", folder / "config.json")
     assert open_run(ddpm, tmp_path, "--resume", folder / "checkpoint.pt")[1].folder == folder
 
 
@@ -405,7 +437,7 @@ def test_a_run_at_work_elsewhere_is_not_resumed_nor_read(tmp_path):
 def test_a_damaged_entry_is_a_mistake_that_names_the_file(entry, value, folder, tmp_path):
     state = torch.load(folder / "checkpoint.pt") | {entry: value}
     torch.save({k: v for k, v in state.items() if v is not None}, folder / "checkpoint.pt")
-    harmless = [("preset", None), ("preset", "text"), ("loop", "text"),
+    harmless = [("preset", None), ("loop", "text"),
                 *(("run", value) for value in (None, "text", [1, 2], {"a": "b"}, 3.5))]
     if any(entry == name and value == kind for name, kind in harmless):
         open_run(ddpm, tmp_path, "--resume", folder)  # nothing that could not be done without

@@ -146,15 +146,23 @@ def test_a_stored_config_keeps_its_types():
             config_from(other, Config, "x")
 
 
+@pytest.mark.parametrize("hint", [int | None, list[int], dict])
+def test_a_type_that_no_flag_can_have_is_named(hint):
+    Odd = dataclasses.make_dataclass("Odd", [("dataset", str, "digits"), ("a", hint, None)])
+    with pytest.raises(TypeError, match="is no type of a setting"):
+        parse_args(Odd, {"own": Odd()}, [])
+
+
 def test_a_person_s_own_range():
     @dataclasses.dataclass
     class Own:
         w: Annotated[float, Range(-1)] = 0.0
         plain: float = 1.0
         n: Literal[2, 4] = 2
+        noted: Annotated[int, "a note", Range(1)] = 1
 
     check_config(Own(w=-1.0))
-    for wrong in (Own(w=-1.5), Own(plain=float("nan")), Own(n=3)):
+    for wrong in (Own(w=-1.5), Own(plain=float("nan")), Own(n=3), Own(noted=0)):
         with pytest.raises(Mistake):
             check_config(wrong)
 
@@ -175,7 +183,7 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     out = tmp_path / "out" if out is None else out
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        preset = [] if "--preset" in argv else ["--preset", "smoke"]
+        preset = [] if {"--preset", "--config"} & set(argv) else ["--preset", "smoke"]
         main([*preset, "--out", str(out), *map(str, argv)])
     said = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), said
@@ -210,7 +218,7 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     (["--channels", "5", "--groups", "1"], ["--channels 5", "even"]),
     (["--dropout", "1"], ["--dropout 1.0: must be in [0, 1)"]),
     (["--amp", "fp8"], ["--amp", "fp8", "off", "bf16", "fp16"]),
-    (["--amp", "fp16", "--device", "cpu"], ["--amp fp16", "cpu"]),
+    (["--amp", "fp16", "--device", "cpu"], ["--amp fp16", "off, bf16 on cpu"]),
     (["--seed", "-1"], ["--seed -1"]),
     (["--seed", str(2**63)], [f"--seed {2**63}"]),
     (["--evaluate", "1"], ["--evaluate 1", "in [10, 1e6]"]),

@@ -177,7 +177,7 @@ def test_ctrl_c_at_any_time_is_one_line(owner, name, smoke, tmp_path, monkeypatc
         ddpm.main(["--sample", str(smoke), "--out", str(tmp_path / "out")])
     err = capsys.readouterr().err
     assert stop.value.code == cli.STOPPED and "Traceback" not in err
-    assert "stopped: the run folder keeps what is finished" in err
+    assert "stopped: finished files stay in the run folder" in err
     if name == "figure_loss":
         open_picture(only_run(tmp_path / "out", "ddpm") / "samples.png")
 
@@ -292,6 +292,11 @@ for _ in run.steps(9, "late", late=other):
     break  # each process leaves, and only the first one saves
 if run.main:
     print(f"went on: {{run.folder}}", flush=True)
+else:
+    try:
+        run.path("figure.png")
+    except RuntimeError as error:
+        assert "if run.main" in str(error)
 torch.distributed.barrier()
 if run.launch.rank == 1:
     raise ValueError("an error of the second process")

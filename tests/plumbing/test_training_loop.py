@@ -212,6 +212,24 @@ def test_an_early_break_is_saved_when_the_run_goes_on(tmp_path, monkeypatch):
     assert_same_tree(torch.load(again / "checkpoint.pt")["ema"], torch.load(whole / "checkpoint.pt")["ema"])
 
 
+def test_a_loop_left_by_break_is_saved_before_the_samples_are_drawn(tmp_path):
+    _, run = open_toy(tmp_path)
+    fit_until = iter(range(3))
+    model = network()
+    for _ in run.steps(9, model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1)):
+        run.log(loss=1.0)
+        if next(fit_until) == 2:
+            break
+
+    def interrupted(batch):
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        run.draw(3, interrupted, model, 1)
+    assert torch.load(run._folder / "checkpoint.pt")["step"] == 3
+
+
 def test_a_break_before_the_step_was_made_counts_none(tmp_path):
     _, run = open_toy(tmp_path)
     model = network()
@@ -243,6 +261,43 @@ def test_an_error_in_the_body_leaves_the_last_checkpoint(error, tmp_path):
     assert stored(again)["step"] == 6 and again.read_log()["step"] == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_optimiser_is_the_page_s(tmp_path):
+    """No setting of it is changed, and what the body logs as lr is kept."""
+    _, run = open_toy(tmp_path)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, foreach=True)
+    before = dict(optimizer.param_groups[0])
+    for _ in run.steps(2, model=model, optimizer=optimizer):
+        model(torch.ones(2, 1, 2, 2)).mean().backward()
+        optimizer.step()
+        run.log(loss=1.0, lr=7.0, step=99)
+    assert optimizer.param_groups[0] == before
+    assert run.read_log() == {"step": [1, 2], "loss": [1, 1], "lr": [7, 7]}
+
+
+def test_a_renamed_loss_is_logged_and_only_its_curve_left_out(tmp_path, monkeypatch):
+    module = edited(tmp_path, monkeypatch, (LOG, "        run.log(mse=loss)\n"))
+    folder = run_page(module, tmp_path / "out")
+    assert list(Log(folder / "log.csv").read()) == ["step", "mse", "lr"]
+    open_picture(folder / "loss.png")
+
+
+def test_a_config_without_flip(tmp_path):
+    run = open_toy(tmp_path)[1]
+    run.cfg = types.SimpleNamespace(batch_size=3)
+    assert len(run.batch(images().train)[0]) == 3
+
+
+def test_a_stopped_run_trains_no_more(tmp_path, capsys):
+    _, run = open_toy(tmp_path)
+    fit(run, 6, lambda step, _: setattr(run, "stopped", step == 3))
+    before = stored(run)
+    fit(run, 6, lambda *_: pytest.fail("a step was made"), name="classifier", save=False)
+    fit(run, 6, lambda *_: pytest.fail("a step was made"))
+    assert "stopped before: the classifier is not trained" in capsys.readouterr().out
+    assert_same_tree(stored(run), before)
+
+
 # What is not finite
 
 
@@ -257,7 +312,7 @@ def test_what_is_not_finite_stops_and_names_step_and_checkpoint(what, bad_at, ke
 
     with pytest.raises(Mistake) as problem:
         fit(run, 6, diverge)
-    for words in (f"{what} is nan at step {bad_at + 1}", f"checkpoint is of step {kept} in", "--lr 0.01"):
+    for words in (f"{what} is nan at step {bad_at + 1}", f"checkpoint is of step {kept} in", "rate of 0.01"):
         assert words in str(problem.value)
     assert torch.load(run._folder / "checkpoint.pt")["step"] == kept
 
@@ -389,6 +444,27 @@ def test_the_loss_scale_changes_no_gradient_and_reaches_the_network():
     scale.remove()
     model(x).square().mean().backward()
     assert largest == pytest.approx(1024 * inside[-1], rel=1e-4)
+
+
+def test_the_loss_scale_stays_inside_the_network():
+    """Also for a network that is called on its own output, and one behind another module."""
+    torch.manual_seed(0)
+    front, model = nn.Linear(4, 4), nn.Linear(4, 4)
+    plain = copy.deepcopy(nn.ModuleList([front, model]))
+    LossScale(model, 1024.0)
+    x = torch.randn(5, 4)
+    model(model(front(x))).square().mean().backward()
+    plain[1](plain[1](plain[0](x))).square().mean().backward()
+    for p, q in zip([*front.parameters(), *model.parameters()], plain.parameters(), strict=True):
+        assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_that_are_never_finite_end_the_run():
+    model = nn.Linear(2, 2)
+    scale = LossScale(model)
+    with pytest.raises(Mistake, match="not finite at any loss scale"):
+        for _ in range(60):
+            scale.check([torch.tensor(math.nan)])
 
 
 def test_a_step_that_overflows_is_left_out_and_the_scale_adapts():
