@@ -59,7 +59,7 @@ from common.run import open_run
 
 Guidance = Literal["classifier_free", "classifier", "none"]
 Drawing = Literal["uniform", "logit_normal"]
-Weight = Annotated[float, Range(-1)]
+Weight = Annotated[float, Range(">= -1", lambda w: w >= -1)]
 
 
 @dataclass(frozen=True)  # (paper: ...) is [CFG] on guidance, else [ADM]; DiT: [DiT]

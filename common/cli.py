@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -33,37 +34,23 @@ class Mistake(ValueError):
 
 
 class Range(NamedTuple):
-    """The allowed range of a number, as in `Annotated[float, Range(0, 1)]`.
+    """The allowed range of a number, in words and as a function of it.
 
-    open_low and open_high leave the end itself out.
+    Your own: Annotated[float, Range("in [0, 5]", lambda x: 0 <= x <= 5)].
     """
 
-    low: float = -math.inf
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def allows(self, value):
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below and math.isfinite(value)
-
-    def __str__(self):
-        if self.high < math.inf:
-            left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-            return f"in {left}{self.low:g}, {self.high:g}{right}"
-        if self.low > -math.inf:
-            return f"{'>' if self.open_low else '>='} {self.low:g}"
-        return "finite"
+    words: str
+    allows: Callable
 
 
-Count = Annotated[int, Range(1)]
-Whole = Annotated[int, Range(0)]
-Positive = Annotated[float, Range(0, open_low=True)]
-NonNegative = Annotated[float, Range(0)]
-Probability = Annotated[float, Range(0, 1)]
-Fraction = Annotated[float, Range(0, 1, open_high=True)]
-OpenFraction = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
+Count = Annotated[int, Range(">= 1", lambda n: n >= 1)]
+Whole = Annotated[int, Range(">= 0", lambda n: n >= 0)]
+Positive = Annotated[float, Range("> 0", lambda x: x > 0)]
+NonNegative = Annotated[float, Range(">= 0", lambda x: x >= 0)]
+Probability = Annotated[float, Range("in [0, 1]", lambda x: 0 <= x <= 1)]
+Fraction = Annotated[float, Range("in [0, 1)", lambda x: 0 <= x < 1)]
+OpenFraction = Annotated[float, Range("in (0, 1)", lambda x: 0 < x < 1)]
+ANY = Range("finite", lambda x: True)
 LARGEST = 10**9  # the largest whole number accepted; a larger one is a typing error
 
 
@@ -81,8 +68,9 @@ def check_config(cfg):
                 rule = f"one of {', '.join(map(str, words))}"
             elif kind is int and abs(entry) > LARGEST:
                 rule = f"at most {LARGEST:g}"
-            elif kind in (int, float) and not allowed.allows(entry):
-                rule = allowed
+            elif kind in (int, float) and not (math.isfinite(entry)
+                                               and allowed.allows(entry)):
+                rule = allowed.words
             else:
                 continue
             raise Mistake(f"{name} {spell(value)}: must be {rule}")
@@ -93,14 +81,14 @@ def _read_hint(hint):
     if get_origin(hint) is tuple:
         hint = get_args(hint)[0]
     if get_origin(hint) is Literal:
-        return type(get_args(hint)[0]), Range(), get_args(hint)
+        return type(get_args(hint)[0]), ANY, get_args(hint)
     if get_origin(hint) is Annotated:
         kind, *notes = get_args(hint)
-        return kind, next((n for n in notes if isinstance(n, Range)), Range()), ()
+        return kind, next((n for n in notes if isinstance(n, Range)), ANY), ()
     if hint not in (int, float, bool, str):
         raise TypeError(f"Config: {hint} is no type of a setting; use int, float, "
                         "bool, str, Literal, Annotated, or tuple[one of these, ...]")
-    return hint, Range(), ()
+    return hint, ANY, ()
 
 
 def check_sizes(image_size, channels, mults, attention, heads, groups, patch):
@@ -345,7 +333,7 @@ def _parser(Config, presets):
             settings = {"type": kind, "choices": words}
         if get_origin(hints[field.name]) is tuple:
             settings["nargs"] = "*"
-        rule = f"{{{allowed}}}" if allowed != Range() else ""
+        rule = f"{{{allowed.words}}}" if allowed is not ANY else ""
         about = comments.get(field.name, ""), rule, f"[{spell(field.default)}]"
         flags = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
         group.add_argument(*flags, dest=field.name, default=argparse.SUPPRESS,

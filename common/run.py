@@ -310,26 +310,25 @@ class LossScale:
 
     def __init__(self, model, scale=2.0**16, good_steps=0):
         self.model, self.scale, self.good_steps = model, scale, good_steps
-        self.hooks = [model.register_forward_hook(self._enlarge),
-                      model.register_forward_pre_hook(self._divide)]
+        self.hooks = [model.register_forward_pre_hook(self._leave),
+                      model.register_forward_hook(self._enter)]
         self.hooks += [p.register_hook(lambda grad: grad / self.scale)
                        for p in model.parameters()]
 
-    def _enlarge(self, module, inputs, output):
-        if isinstance(output, tuple):
-            return tuple(self._enlarge(module, inputs, part) for part in output)
-        output = output.float()
-        if output.requires_grad:
-            output.register_hook(lambda grad: grad * self.scale)
-        return output
+    def _leave(self, module, inputs):
+        return tuple(self._scaled(x, lambda grad: grad / self.scale) for x in inputs)
 
-    def _divide(self, module, inputs):
-        inputs = [x.view_as(x) if getattr(x, "requires_grad", False) else x
-                  for x in inputs]
-        for x in inputs:
-            if getattr(x, "requires_grad", False):
-                x.register_hook(lambda grad: grad / self.scale)
-        return tuple(inputs)
+    def _enter(self, module, inputs, output):
+        if isinstance(output, tuple):
+            return tuple(self._enter(module, inputs, part) for part in output)
+        return self._scaled(output.float(), lambda grad: grad * self.scale)
+
+    def _scaled(self, x, change):
+        """x itself, its gradient changed on the way back."""
+        if getattr(x, "requires_grad", False):
+            x = x.view_as(x)
+            x.register_hook(change)
+        return x
 
     def check(self, gradients):
         """Drop the gradients of a step that overflowed, and adapt the scale."""

@@ -40,8 +40,9 @@ def main(n=500, at=(250, 500, 1000, 2000, 4000), folder=ROOT / "results/ddim", *
     xT = torch.randn(n, *data.shape).to(run.device)
     model = run.place(ddim.make_unet(cfg, data.shape))
     ema = ddim.EMA(model, cfg.ema)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr,
-                                  weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), cfg.lr, weight_decay=cfg.weight_decay,
+        fused=run.device.type != "mps")  # one kernel for all weights
     rows, labels, found = [], [], {}
     for step in run.steps(cfg.steps, model=model, ema=ema.model, optimizer=optimizer):
         ddim.set_learning_rate(optimizer, cfg, step)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import pytest
 import torch
@@ -91,14 +91,16 @@ def test_a_type_is_a_range(name, bad, good):
         check_config(Config(**{name: value}))
 
 
-def test_intervals_are_open_where_they_say_so():
-    for range_, inside, outside in ((Range(0, 1), (0, 1), (-0.1, 1.1)),
-                                    (Range(0, 1, open_high=True), (0, 0.99), (1,)),
-                                    (Range(0, 1, open_low=True, open_high=True), (0.5,), (0, 1)),
-                                    (Range(-1), (-1, 5), (-1.01,))):
+def test_each_type_allows_what_its_words_say():
+    for hint, words, inside, outside in (
+            (cli.Count, ">= 1", (1, 9), (0,)), (cli.Whole, ">= 0", (0, 9), (-1,)),
+            (cli.Positive, "> 0", (1e-9,), (0.0,)), (cli.NonNegative, ">= 0", (0.0, 7.0), (-1e-9,)),
+            (cli.Probability, "in [0, 1]", (0.0, 1.0), (-0.1, 1.1)),
+            (cli.Fraction, "in [0, 1)", (0.0, 0.99), (1.0,)),
+            (cli.OpenFraction, "in (0, 1)", (0.5,), (0.0, 1.0))):
+        range_ = get_args(hint)[1]
+        assert range_.words == words
         assert all(map(range_.allows, inside)) and not any(map(range_.allows, outside))
-    assert [str(r) for r in (Range(0, 1, open_high=True), Range(1), Range(0, open_low=True))] == [
-        "in [0, 1)", ">= 1", "> 0"]
 
 
 @pytest.mark.parametrize("edit", [
@@ -156,10 +158,10 @@ def test_a_type_that_no_flag_can_have_is_named(hint):
 def test_a_person_s_own_range():
     @dataclasses.dataclass
     class Own:
-        w: Annotated[float, Range(-1)] = 0.0
+        w: Annotated[float, Range(">= -1", lambda w: w >= -1)] = 0.0
         plain: float = 1.0
         n: Literal[2, 4] = 2
-        noted: Annotated[int, "a note", Range(1)] = 1
+        noted: Annotated[int, "a note", Range(">= 1", lambda n: n >= 1)] = 1
 
     check_config(Own(w=-1.0))
     for wrong in (Own(w=-1.5), Own(plain=float("nan")), Own(n=3), Own(noted=0)):
