@@ -1,25 +1,23 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel, arXiv 2006.11239): [DDPM]
 
-    python ddpm_example.py                            train, draw digits, make figures
-    python ddpm_example.py --sample --evaluate 500    score the newest run
+    python ddpm_example.py                            train and draw digits
+    python ddpm_example.py --sample --evaluate 500    score samples of the newest run
+    python experiments/ddpm.py                        more figures, the bound
 
-Implemented here: the forward process (Eq. 2, 4) and its posterior (Eq. 6, 7), the
-simple objective (Eq. 14, Alg. 1), ancestral sampling (Eq. 11, Alg. 2, with either
-variance of Sec. 3.2), the U-Net of App. B, and last, since only figures need it, the
-variational bound (Eq. 5, 8, 12) with its discrete decoder (Eq. 13).
+The page follows the paper: the forward process (Eq. 2, 4) and its posterior (Eq. 6, 7),
+the simple objective (Eq. 14, Alg. 1), ancestral sampling (Alg. 2), the U-Net (App. B)
+and the variational bound (Eq. 5, 8, 12) with its discrete decoder (Eq. 13).
 
-Departures from the paper (`--preset paper` undoes all but 4 and 5):
-  1. a small U-Net on 2x2 blocks of pixels (`patch`), so that it trains on a CPU;
-  2. its up path narrows before it doubles the resolution: a cheaper convolution;
-  3. a cosine decay of the learning rate, a shorter average of the weights;
+Departures from the paper (`--preset paper` undoes 1, 2, 3, 5 and 6):
+  1. the U-Net is small and works on 2x2 blocks of pixels (`patch`), so that it trains
+     on a CPU, and its up path narrows before it doubles the resolution;
+  2. the learning rate decays, and the average of the weights is shorter;
+  3. training draws more of the middle t (`drawing`; results/ideas.md);
   4. the average follows the weights faster in the first steps (EMA);
-  5. x0_hat is clamped to [-1, 1] (`clip_x0`);
-  6. training draws more of the middle t (`drawing`; results/ideas.md);
-  7. in sampling alone eps_hat is a little larger (`eps_scale`), x_T and z are smaller
-     (`temperature`): what a small network gets wrong does less harm.
-
-Training takes 5 to 14 CPU minutes, summed over all cores: 3 to 7 minutes on two.
-What it draws and how good that is: results/ and README.md.
+  5. sampling multiplies eps_hat by `eps_scale`, for a small network's pale x0_hat;
+  6. the variance is beta_tilde, one of the two in Sec. 3.2 (the authors' code: beta);
+  7. initial weights and the padding of strided convolutions are PyTorch's.
+Sampling clamps x0_hat (`clip_x0`), as the authors' code does.
 """
 
 import copy
@@ -52,39 +50,37 @@ class Config:
     beta_T: OpenFraction = 0.02  # linear schedule: beta_T for T = 1000 (paper: 0.02)
     # sampling
     variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # sigma_t^2 (paper: either)
-    clip_x0: bool = True            # clamp x0_hat to [-1, 1] in sampling (code: yes)
-    eps_scale: Positive = 1.1       # scale of eps_hat in sampling (paper: 1)
-    temperature: NonNegative = 0.9  # scale of all noise in sampling (paper: 1)
-    n_samples: Count = 64           # pictures drawn at the end
+    clip_x0: bool = True         # clamp x0_hat to [-1, 1] in sampling (code: yes)
+    eps_scale: Positive = 1.1    # factor of eps_hat in sampling (paper: 1)
+    n_samples: Count = 64        # number of images drawn at the end
     # data
-    dataset: str = "digits"  # digits, mnist, folder:PATH, ... (paper: cifar10)
-    image_size: Whole = 0    # resize or pad pictures to this resolution; 0 keeps theirs
-    flip: bool = False       # mirror pictures at random (paper: yes; never for digits)
+    dataset: str = "digits"      # digits, mnist, folder:PATH, ... (paper: cifar10)
+    image_size: Whole = 0        # resize images to this resolution; 0 keeps theirs
+    flip: bool = False           # mirror images at random (paper: yes; not for digits)
     # network
-    channels: Count = 32                 # width of the U-Net, even, >= 4 (code: 128)
+    channels: Count = 32         # width of the U-Net, even, at least 4 (code: 128)
     mults: tuple[Count, ...] = (1, 2)    # relative width of each level (code: 1 2 2 2)
-    blocks: Count = 1                    # residual blocks per level (paper: 2)
+    blocks: Count = 1            # residual blocks per level (paper: 2)
     attention: tuple[Count, ...] = (7,)  # resolutions with attention (paper: 16)
-    heads: Count = 1                     # attention heads (code: 1)
-    groups: Count = 8                    # groups in each group norm (code: 32)
-    dropout: Fraction = 0.0              # dropout in residual blocks (paper: 0.1)
-    patch: Count = 2                     # p x p pixels become channels (paper: none, 1)
+    heads: Count = 1             # attention heads (code: 1)
+    groups: Count = 8            # groups in each group norm (code: 32)
+    dropout: Fraction = 0.0      # dropout in the residual blocks (paper: 0.1)
+    patch: Count = 2             # patch x patch pixels become channels (paper: 1)
     # training
     drawing: Drawing = "logit_normal"  # distribution of t in training (paper: uniform)
-    steps: Count = 4000                # optimiser steps (paper: 800000)
-    batch_size: Count = 32             # examples per step, all processes (paper: 128)
-    lr: Positive = 2e-3                # peak learning rate (paper: 2e-4)
-    warmup: Whole = 200                # steps of learning-rate warm-up (code: 5000)
+    steps: Count = 4000          # optimiser steps (paper: 800000)
+    batch_size: Count = 32       # images per step, over all processes (paper: 128)
+    lr: Positive = 2e-3          # peak learning rate (paper: 2e-4)
+    warmup: Whole = 200          # steps of learning-rate warm-up (code: 5000)
     decay: Literal["cosine", "constant"] = "cosine"  # decay of lr (paper: constant)
-    weight_decay: NonNegative = 0.0    # AdamW's weight decay; 0 gives Adam (paper: 0)
-    grad_clip: Positive = 1.0          # largest norm of the gradient (code: 1)
-    ema: Fraction = 0.999              # decay of the averaged weights (paper: 0.9999)
-    preview_every: Count = 1000        # steps between previews and checkpoints
+    weight_decay: NonNegative = 0.0  # AdamW's weight decay; 0 gives Adam (paper: 0)
+    grad_clip: Positive = 1.0    # largest norm of the gradient (code: 1)
+    ema: Fraction = 0.999        # decay of the averaged weights (paper: 0.9999)
+    preview_every: Count = 1000  # steps between previews and checkpoints
 
 
-# these may change after training
-SAMPLING = ("variance", "clip_x0", "eps_scale", "temperature", "n_samples")
-
+# The fields that may change after training
+SAMPLING = ("variance", "clip_x0", "eps_scale", "n_samples")
 
 PRESETS = {
     "laptop": Config(),
@@ -95,7 +91,7 @@ PRESETS = {
         dataset="cifar10", flip=True, channels=128, mults=(1, 2, 2, 2), blocks=2,
         attention=(16,), groups=32, dropout=0.1, patch=1, steps=800_000, batch_size=128,
         lr=2e-4, warmup=5000, decay="constant", ema=0.9999, preview_every=5000,
-        drawing="uniform", variance="beta", eps_scale=1.0, temperature=1.0),
+        drawing="uniform", variance="beta", eps_scale=1.0),
 }
 
 
@@ -103,9 +99,9 @@ PRESETS = {
 
 
 class Schedule(NamedTuple):
-    """betas, alphas, alpha_bars: (T+1,). [t] is the paper's t, [0] the clean image.
+    """betas, alphas and alpha_bars, each of shape (T+1,).
 
-    Functions that need only alpha_bars take only those.
+    The index is the paper's t. At index 0 stands the clean image: beta 0, alpha_bar 1.
     """
 
     betas: torch.Tensor
@@ -121,10 +117,10 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
-    """The variances beta_1..beta_T of the forward process, and what follows from them.
+    """The variances beta_1..beta_T of the forward process, and the products of alpha.
 
-    "linear": [DDPM] Sec. 4; beta_1 and beta_T are those of T = 1000, rescaled for
-    another T, so that x_T is noise all the same. "cosine": arXiv 2102.09672, Eq. 17.
+    "linear": [DDPM] Sec. 4; beta_1 and beta_T are those of T = 1000, and are rescaled
+    for another T so that x_T is still noise. "cosine": arXiv 2102.09672, Eq. 17.
     """
     if kind == "linear":
         betas = torch.linspace(beta_1, beta_T, max(T, 2), dtype=torch.float64)
@@ -136,33 +132,42 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
     else:
         raise Mistake(f"schedule {kind}: must be one of linear, cosine")
     betas = F.pad(betas.clamp(max=0.999), (1, 0))  # betas[0] = 0: the clean image
-    alphas = 1 - betas  # [DDPM] Sec. 2
-    alpha_bars = alphas.cumprod(0)  # [DDPM] Sec. 2: alpha_1 * ... * alpha_t
+    alphas = 1 - betas
+    # [DDPM] Sec. 2: alpha_bar_t = alpha_1 alpha_2 ... alpha_t
+    alpha_bars = alphas.cumprod(0)
     return Schedule(betas.float(), alphas.float(), alpha_bars.float())
 
 
 def q_step(x_prev, t, eps, schedule):
-    """One forward step x_{t-1} -> x_t. x_prev, eps: (B, C, H, W), t: int or (B,)."""
+    """One forward step, x_{t-1} -> x_t. x_prev, eps: (B, C, H, W); t: int or (B,)."""
     beta = schedule.betas[t].view(-1, 1, 1, 1)
-    return (1 - beta).sqrt() * x_prev + beta.sqrt() * eps  # [DDPM] Eq. 2
+    # [DDPM] Eq. 2: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)
+    return (1 - beta).sqrt() * x_prev + beta.sqrt() * eps
 
 
 def q_sample(x0, t, eps, alpha_bars):
-    """x_t given x_0. x0, eps: (B, C, H, W), t: int or (B,) int64 in 0..T."""
+    """x_t, given x_0. x0, eps: (B, C, H, W); t: int or (B,) int64 in 0..T."""
     alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
-    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps  # [DDPM] Eq. 4
+    # [DDPM] Eq. 4: q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)
+    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
 
 
 def beta_tilde(t, schedule):
-    """The variance of q(x_{t-1} | x_t, x_0), 0 at t = 1. t: int or (B,) in 1..T."""
+    """The variance of q(x_{t-1} | x_t, x_0); 0 at t = 1. t: int or (B,) in 1..T."""
     beta, alpha_bars = schedule.betas[t], schedule.alpha_bars
-    return (1 - alpha_bars[t - 1]) / (1 - alpha_bars[t]) * beta  # [DDPM] Eq. 7
+    # [DDPM] Eq. 7: beta_tilde_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
+    return (1 - alpha_bars[t - 1]) / (1 - alpha_bars[t]) * beta
 
 
 def q_posterior(x0, xt, t, schedule):
-    """q(x_{t-1} | x_t, x_0), [DDPM] Eq. 6, 7: mean (B, C, H, W), variance. t: 1..T."""
+    """Mean (B, C, H, W) and variance of q(x_{t-1} | x_t, x_0). Source: [DDPM] Eq. 6, 7.
+
+    x0, xt: (B, C, H, W); t: int or (B,) in 1..T.
+    """
     beta, alpha, alpha_bar = (array[t].view(-1, 1, 1, 1) for array in schedule)
     alpha_bar_prev = schedule.alpha_bars[t - 1].view(-1, 1, 1, 1)
+    # [DDPM] Eq. 7: mu_tilde = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
+    #         + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
     mu_tilde = (alpha_bar_prev.sqrt() * beta / (1 - alpha_bar) * x0
                 + alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar) * xt)
     return mu_tilde, beta_tilde(t, schedule).view(-1, 1, 1, 1)
@@ -171,124 +176,97 @@ def q_posterior(x0, xt, t, schedule):
 # %% 2. Training objective ([DDPM] Sec. 3.4)
 
 
-def draw_t(n, T, drawing="uniform"):
-    """The steps t of a batch, (n,) int64 in 1..T, on the CPU.
+def ddpm_loss(model, x0, t, eps, schedule):
+    """The simple objective. x0, eps: (B, C, H, W); t: (B,) int64 in 1..T -> scalar.
 
-    "uniform": as in [DDPM] Alg. 1. "logit_normal": more of the middle t, which decide
-    what a picture shows: the logit of t / T is N(-0.2, 1), after arXiv 2403.03206, Sec.
-    3.1; stratified, one draw from each of n equal shares, so that batches differ less.
-    One t in sixteen is uniform all the same: small t, rare here, weigh most in the
-    bound.
+    It is the bound without the weights of its terms (`bound_weight`), so small t count
+    for less. This takes the mean over pixels where the paper takes their sum.
+    """
+    # [DDPM] Eq. 14: E |eps - eps_theta(sqrt(alpha_bar_t) x_0
+    #                                   + sqrt(1 - alpha_bar_t) eps, t)|^2
+    xt = q_sample(x0, t, eps, schedule.alpha_bars)
+    return F.mse_loss(model(xt, t), eps)
+
+
+def draw_t(n, T, drawing):
+    """Draw the steps t of a batch: (n,) int64 in 1..T, on the CPU.
+
+    "uniform" is [DDPM] Alg. 1, line 3. "logit_normal" draws more of the middle t, which
+    decide what an image shows: the logit of t / T is N(-0.2, 1), after arXiv
+    2403.03206, Sec. 3.1, with one draw from each of n equal quantiles, so that batches
+    differ less. One t in sixteen is uniform all the same, since small t, which are rare
+    here, weigh most in the bound.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
     u = (torch.arange(n) + torch.rand(n)) / n
-    share = torch.sigmoid(torch.special.ndtri(u) - 0.2)
-    share = torch.where(torch.rand(n) < 1 / 16, torch.rand(n), share)
-    return (1 + (T * share).long()).clamp(max=T)
+    fraction = torch.sigmoid(torch.special.ndtri(u) - 0.2)
+    fraction = torch.where(torch.rand(n) < 1 / 16, torch.rand(n), fraction)
+    return (1 + (T * fraction).long()).clamp(max=T)
 
 
-def ddpm_loss(model, x0, t, eps, schedule):
-    """The simple objective, [DDPM] Eq. 14. x0: (B, C, H, W) -> scalar.
-
-    The terms of the bound in the form of [DDPM] Eq. 12, without their weight
-    beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)): small t count for less than in
-    the bound. The mean over pixels, in the paper their sum. t: (B,) int64 in 1..T; eps:
-    like x0, standard normal.
-    """
-    xt = q_sample(x0, t, eps, schedule.alpha_bars)
-    return F.mse_loss(model(xt, t), eps)  # [DDPM] Alg. 1, line 5
-
-
-# %% 3. Sampling
+# %% 3. Sampling ([DDPM] Sec. 3.2)
 
 
 def predict_x0(xt, eps_hat, t, alpha_bars):
-    """x0_hat, the image behind x_t if its noise is eps_hat. t: int in 0..T."""
-    alpha_bar = alpha_bars[t]
-    return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()  # [DDPM] Eq. 15
+    """x0_hat, the image behind x_t if its noise is eps_hat. t: int or (B,) in 0..T."""
+    alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
+    # [DDPM] Eq. 15: x0_hat = (x_t - sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_bar_t)
+    return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()
 
 
-def predict_eps(model, xt, t, alpha_bars, clip_x0=False):
-    """eps_hat = eps_theta(x_t, t), like xt: (B, C, H, W). t: int in 1..T.
-
-    clip_x0: x0_hat is clamped, and the eps_hat that leads to it is returned.
-    """
-    eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
-    if clip_x0:
-        x0_hat = predict_x0(xt, eps_hat, t, alpha_bars).clamp(-1, 1)
-        alpha_bar = alpha_bars[t]
-        eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
-    return eps_hat
-
-
-def scaled(model, scale):
-    """The network with its eps_hat times scale, for sampling.
-
-    x0_hat is a mean over all pictures that x_t may show, pale where they differ. A
-    scale above 1 strengthens it, and the clamp keeps it in [-1, 1]; one below 1
-    corrects the drift of large models in few steps (arXiv 2308.15321).
-    """
-    return lambda xt, t: scale * model(xt, t)
-
-
-def mean_from_eps(xt, eps_hat, t, schedule):
-    """mu_theta(x_t, t), the mean of [DDPM] Eq. 7 at x0_hat, from eps_hat. t: int."""
-    beta, alpha, alpha_bar = (array[t] for array in schedule)
-    mean = (xt - beta / (1 - alpha_bar).sqrt() * eps_hat) / alpha.sqrt()
-    return mean  # [DDPM] Eq. 11
+def clip_eps(xt, eps_hat, t, alpha_bars):
+    """The eps_hat whose x0_hat is that of `eps_hat`, clamped to [-1, 1]."""
+    alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
+    x0_hat = predict_x0(xt, eps_hat, t, alpha_bars).clamp(-1, 1)
+    return (xt - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
 
 
 def p_theta(model, xt, t, schedule, variance="beta_tilde", clip_x0=True):
-    """p_theta(x_{t-1} | x_t) of [DDPM] Eq. 1: mean (B, C, H, W), variance. t: 1..T.
+    """Mean (B, C, H, W) and variance of p_theta(x_{t-1} | x_t). t: int in 1..T.
 
-    variance: "beta", optimal if x_0 ~ N(0, I), or "beta_tilde", optimal if x_0 is one
-    fixed point ([DDPM] Sec. 3.2).
+    variance: "beta" is optimal if x_0 ~ N(0, I), "beta_tilde" if x_0 is one fixed point
+    ([DDPM] Sec. 3.2).
     """
-    eps_hat = predict_eps(model, xt, t, schedule.alpha_bars, clip_x0)
-    sigma2 = schedule.betas[t] if variance == "beta" else beta_tilde(t, schedule)
-    return mean_from_eps(xt, eps_hat, t, schedule), sigma2
+    beta, alpha, alpha_bar = (array[t] for array in schedule)
+    eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
+    if clip_x0:
+        eps_hat = clip_eps(xt, eps_hat, t, schedule.alpha_bars)
+    # [DDPM] Eq. 11: (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t)
+    mean = (xt - beta / (1 - alpha_bar).sqrt() * eps_hat) / alpha.sqrt()
+    return mean, beta if variance == "beta" else beta_tilde(t, schedule)
 
 
 @torch.no_grad()
-def p_sample(model, xt, t, schedule, variance="beta_tilde", clip_x0=True,
-             temperature=1.0):
-    """One reverse step x_t -> x_{t-1}. xt: (B, C, H, W), t: int in 1..T."""
-    mean, sigma2 = p_theta(model, xt, t, schedule, variance, clip_x0)
-    z = temperature * torch.randn_like(xt) if t > 1 else torch.zeros_like(xt)
-    return mean + sigma2.sqrt() * z  # [DDPM] Alg. 2, lines 3 and 4
+def reverse_process(model, xT, schedule, variance="beta_tilde", clip_x0=True):
+    """[DDPM] Alg. 2. Yields (T, x_T), (T - 1, x_{T-1}), ..., (0, x_0).
 
-
-def reverse_process(model, xT, schedule, variance="beta_tilde", clip_x0=True,
-                    temperature=1.0):
-    """Yields (T, x_T), (T - 1, x_{T-1}), ..., (0, x_0) from noise xT. [DDPM] Alg. 2.
-
-    temperature: factor of all noise, that of x_T and z; the paper's is 1.
+    xT: (B, C, H, W), standard normal noise.
     """
-    xt = temperature * xT
-    for t in range(schedule.T, 0, -1):  # [DDPM] Alg. 2, line 2
+    xt = xT                                                            # Alg. 2, line 1
+    for t in range(schedule.T, 0, -1):                                 # line 2
         yield t, xt
-        xt = p_sample(model, xt, t, schedule, variance, clip_x0, temperature)
+        z = torch.randn_like(xt) if t > 1 else torch.zeros_like(xt)    # line 3
+        mean, sigma2 = p_theta(model, xt, t, schedule, variance, clip_x0)
+        xt = mean + sigma2.sqrt() * z                                  # line 4
     yield 0, xt
 
 
-def sample(model, shape, schedule, variance="beta_tilde", clip_x0=True, xT=None,
-           temperature=1.0):
-    """Images of this shape (B, C, H, W), from the noise xT or from noise drawn here."""
+def sample(model, shape, schedule, variance="beta_tilde", clip_x0=True, xT=None):
+    """Draw images of shape (B, C, H, W), starting from xT (fresh noise if None)."""
     xT = torch.randn(shape, device=schedule.betas.device) if xT is None else xT
-    how = variance, clip_x0, temperature
-    for _, xt in reverse_process(model, xT, schedule, *how):
-        pass  # the last state is x_0
+    for _, xt in reverse_process(model, xT, schedule, variance, clip_x0):
+        pass
     return xt
 
 
-# %% 4. Network
+# %% 4. Network ([DDPM] App. B)
 
 
 def timestep_embedding(t, dim):
-    """Sines, then cosines of t, as in [DDPM]'s code: (B,) -> (B, dim).
+    """Sines, then cosines of t: (B,) -> (B, dim). Source: arXiv 1706.03762, Sec. 3.5.
 
-    After arXiv 1706.03762, Sec. 3.5, which takes them in turn.
+    The order is that of [DDPM]'s code; the source alternates sines and cosines.
     """
     k, last = torch.arange(dim // 2, device=t.device), dim // 2 - 1
     frequencies = torch.exp(-math.log(10000) * k / last)
@@ -297,16 +275,16 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(layer):
-    """A layer that starts as zero: its residual block starts by adding nothing."""
+    """Set a layer to zero, so that its residual block starts by adding nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and the time. (B, c_in, H, W) -> (B, c_out, H, W)."""
+    """Two convolutions, with the time added in between."""
 
-    recompute = True  # activations, in the backward pass (--grad_checkpointing)
+    recompute = True  # --grad_checkpointing computes its activations twice
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -318,15 +296,15 @@ class ResBlock(nn.Module):
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, emb):
-        h = self.conv1(F.silu(self.norm1(x)))
+    def forward(self, x, emb):  # (B, c_in, H, W), (B, time_dim)
+        h = self.conv1(F.silu(self.norm1(x)))               # (B, c_out, H, W)
         h = h + self.time(F.silu(emb))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.skip(x) + h
 
 
 class Attention(nn.Module):
-    """Self-attention over the H*W positions. (B, C, H, W) -> the same shape."""
+    """Self-attention over the H W positions. (B, C, H, W) -> the same shape."""
 
     def __init__(self, channels, heads, groups):
         super().__init__()
@@ -338,13 +316,26 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, H*W, C/heads)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)           # (B, heads, H W, C / heads)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
 
 
+class Stage(nn.ModuleList):
+    """A residual block, followed by self-attention where `attends` is true."""
+
+    def __init__(self, c_in, c_out, time_dim, groups, dropout, heads, attends):
+        super().__init__([
+            ResBlock(c_in, c_out, time_dim, groups, dropout),
+            Attention(c_out, heads, groups) if attends else nn.Identity()])
+
+    def forward(self, x, emb):
+        block, attention = self
+        return attention(block(x, emb))
+
+
 class Downsample(nn.Module):
-    """Half the resolution, by a stride of 2. (B, C, H, W) -> (B, C, H/2, W/2)."""
+    """Halve the resolution with a stride of 2. (B, C, H, W) -> (B, C, H/2, W/2)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -355,7 +346,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the resolution, by copies. (B, c_in, H, W) -> (B, c_out, 2H, 2W)."""
+    """Double the resolution by copying. (B, c_in, H, W) -> (B, c_out, 2H, 2W)."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -370,9 +361,9 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """eps_hat(x_t, t). x: (B, C, H, W), t: (B,) int64 or float -> like x.
 
-    H and W are multiples of patch * 2^(levels - 1). attention: the resolutions, after
-    patching, where self-attention follows each residual block; it always stands in the
-    middle. Source: [DDPM] App. B.
+    H and W must be multiples of patch * 2^(levels - 1). attention: the resolutions,
+    counted in patches, at which self-attention follows each residual block; the middle
+    always has it. Source: [DDPM] App. B.
     """
 
     def __init__(self, image_channels=3, image_size=32, channels=128,
@@ -381,65 +372,65 @@ class UNet(nn.Module):
         super().__init__()
         check_sizes(image_size, channels, mults, attention, heads, groups, patch)
         self.channels, self.patch = channels, patch
+        self.levels, self.blocks = len(mults), blocks
+        widths = [channels * mult for mult in mults]
+        sizes = [image_size // patch // 2**level for level in range(len(mults))]
         time_dim = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, time_dim), nn.SiLU(),
                                   nn.Linear(time_dim, time_dim))
 
         def stage(c_in, c_out, size):
-            block = ResBlock(c_in, c_out, time_dim, groups, dropout)
-            attends = size in attention
-            attend = Attention(c_out, heads, groups) if attends else nn.Identity()
-            return nn.ModuleList([block, attend])
+            return Stage(c_in, c_out, time_dim, groups, dropout, heads,
+                         size in attention)
 
-        c, size = channels, image_size // patch
-        self.conv_in = nn.Conv2d(image_channels * patch**2, c, 3, padding=1)
-        self.down, skips = nn.ModuleList(), [c]
-        for level, mult in enumerate(mults):
+        self.conv_in = nn.Conv2d(image_channels * patch**2, channels, 3, padding=1)
+        self.down, c, skips = nn.ModuleList(), channels, [channels]
+        for level, (width, size) in enumerate(zip(widths, sizes, strict=True)):
             for _ in range(blocks):
-                self.down.append(stage(c, channels * mult, size))
-                c = channels * mult
+                self.down.append(stage(c, width, size))
+                c = width
                 skips.append(c)
             if level < len(mults) - 1:
                 self.down.append(Downsample(c))
                 skips.append(c)
-                size //= 2
 
         self.mid1 = ResBlock(c, c, time_dim, groups, dropout)
         self.mid_attention = Attention(c, heads, groups)
         self.mid2 = ResBlock(c, c, time_dim, groups, dropout)
 
         self.up = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(mults))):
+        for level in reversed(range(len(mults))):
             for _ in range(blocks + 1):
-                self.up.append(stage(c + skips.pop(), channels * mult, size))
-                c = channels * mult
+                self.up.append(stage(c + skips.pop(), widths[level], sizes[level]))
+                c = widths[level]
             if level > 0:
-                # a patched network narrows before it doubles the resolution: cheaper
-                c_up = channels * mults[level - 1] if patch > 1 else c
+                # narrow before the resolution doubles, which makes it cheaper (patch)
+                c_up = widths[level - 1] if patch > 1 else c
                 self.up.append(Upsample(c, c_up))
-                c, size = c_up, size * 2
+                c = c_up
         self.norm_out = nn.GroupNorm(groups, c)
         self.conv_out = zero_init(nn.Conv2d(c, image_channels * patch**2, 3, padding=1))
 
     def forward(self, x, t):
-        emb = self.time(timestep_embedding(t, self.channels).to(x.dtype))
-        h = self.conv_in(F.pixel_unshuffle(x, self.patch))
-        skips = [h]
-        for module in self.down:
-            if isinstance(module, Downsample):
-                h = module(h)
-            else:
-                block, attention = module
-                h = attention(block(h, emb))
-            skips.append(h)
+        emb = timestep_embedding(t, self.channels).to(x.dtype)      # (B, channels)
+        emb = self.time(emb)                                        # (B, 4 channels)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # (B, channels, H/p, W/p)
+        down, up, skips = iter(self.down), iter(self.up), [h]
+        for level in range(self.levels):
+            for _ in range(self.blocks):
+                h = next(down)(h, emb)
+                skips.append(h)
+            if level < self.levels - 1:
+                h = next(down)(h)                           # half the resolution
+                skips.append(h)
         h = self.mid2(self.mid_attention(self.mid1(h, emb)), emb)
-        for module in self.up:
-            if isinstance(module, Upsample):
-                h = module(h)
-            else:
-                block, attention = module
-                h = attention(block(torch.cat([h, skips.pop()], dim=1), emb))
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+        for level in reversed(range(self.levels)):
+            for _ in range(self.blocks + 1):
+                h = next(up)(torch.cat([h, skips.pop()], dim=1), emb)
+            if level > 0:
+                h = next(up)(h)                             # twice the resolution
+        h = self.conv_out(F.silu(self.norm_out(h)))         # (B, C p^2, H/p, W/p)
+        return F.pixel_shuffle(h, self.patch)               # (B, C, H, W)
 
 
 def make_unet(cfg, shape):
@@ -448,14 +439,14 @@ def make_unet(cfg, shape):
                 cfg.heads, cfg.groups, cfg.dropout, cfg.patch)
 
 
-# %% 5. Training
+# %% 5. Training ([DDPM] Alg. 1)
 
 
 class EMA:
     """An exponential moving average of a model's weights, in `ema.model`.
 
-    At step n the decay is min(decay, (1 + n) / (10 + n)): while n is small, and the
-    weights change fast, it follows them faster.
+    At step n the decay is min(decay, (1 + n) / (10 + n)): the average follows the
+    weights faster in the first steps, where they change most.
     """
 
     def __init__(self, model, decay):
@@ -465,17 +456,13 @@ class EMA:
     @torch.no_grad()
     def update(self, model, n):
         decay = min(self.decay, (1 + n) / (10 + n))
-        weights = list(self.model.parameters())
-        torch._foreach_lerp_(weights, list(model.parameters()), 1 - decay)
-        for buffer, other in zip(self.model.buffers(), model.buffers(), strict=True):
-            buffer.copy_(other)  # buffers are not averaged
+        for mean, weight in zip(self.model.parameters(), model.parameters(),
+                                strict=True):
+            mean.lerp_(weight, 1 - decay)
 
 
 def set_learning_rate(optimizer, cfg, step):
-    """Warm up linearly to cfg.lr; a cosine decay multiplies this from step 0 on.
-
-    step: 0..cfg.steps - 1.
-    """
+    """Warm up linearly to cfg.lr, and let it decay from step 0 to cfg.steps."""
     lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
     if cfg.decay == "cosine":
         lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
@@ -484,25 +471,25 @@ def set_learning_rate(optimizer, cfg, step):
 
 
 def train(cfg, run, data):
-    """Train on data.train; returns the averaged network in eval mode. [DDPM] Alg. 1."""
+    """Train on data.train and return the averaged network. Source: [DDPM] Alg. 1."""
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     model = run.place(make_unet(cfg, data.shape))
     ema = EMA(model, cfg.ema)
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.lr, weight_decay=cfg.weight_decay,
-        fused=run.device.type != "mps")  # one kernel for all weights
+        fused=run.device.type != "mps")  # updates all weights in one call
 
     # run.steps: progress bar, checkpoints, resume, Ctrl-C (common/run.py)
     for step in run.steps(cfg.steps, model=model, ema=ema.model, optimizer=optimizer):
         set_learning_rate(optimizer, cfg, step)
-        x0, _ = run.batch(data.train)  # [DDPM] Alg. 1, line 2
-        t = draw_t(len(x0), cfg.T, cfg.drawing).to(run.device)  # line 3
-        eps = torch.randn_like(x0)  # line 4
+        x0, _ = run.batch(data.train)                               # Alg. 1, line 2
+        t = draw_t(len(x0), cfg.T, cfg.drawing).to(run.device)      # line 3
+        eps = torch.randn_like(x0)                                  # line 4
         with run.autocast():
-            loss = ddpm_loss(model, x0, t, eps, schedule)  # line 5
+            loss = ddpm_loss(model, x0, t, eps, schedule)           # line 5
         optimizer.zero_grad()
         loss.backward()
-        run.average_gradients(model)  # over all processes; fp16: drops an overflow
+        run.average_gradients(model)  # over all processes; alone it does nothing
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         ema.update(model, step)
@@ -516,84 +503,88 @@ def train(cfg, run, data):
 
 
 def bound_weight(t, schedule, variance="beta"):
-    """The factor of |eps - eps_theta|^2 in L_{t-1} - C; Eq. 14 sets it to 1.
+    """The factor of |eps - eps_theta|^2 in L_{t-1}; the simple objective sets it to 1.
 
-    t: int or (B,) in 2..T; with "beta" 1, too, where beta_tilde = 0 has no factor.
+    t: int or (B,) in 2..T; with "beta" also 1, where beta_tilde = 0 has no factor.
     """
     beta, alpha, alpha_bar = (array[t] for array in schedule)
     sigma2 = beta if variance == "beta" else beta_tilde(t, schedule)
-    return beta**2 / (2 * sigma2 * alpha * (1 - alpha_bar))  # [DDPM] Eq. 12
+    # [DDPM] Eq. 12: beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t))
+    return beta**2 / (2 * sigma2 * alpha * (1 - alpha_bar))
 
 
 def discrete_log_likelihood(x0, mean, sigma):
-    """log p(x_0 | x_1) of 8-bit x0, like x0: N(mean, sigma^2)'s mass in its bin."""
+    """log p(x_0 | x_1) of 8-bit images x0, in nats, like x0."""
     device = x0.device
     x0, mean, sigma = x0.cpu(), mean.cpu(), sigma.cpu()  # MPS may lack log_ndtr
-    upper = (x0 + 1 / 255 - mean) / sigma  # delta_+
-    lower = (x0 - 1 / 255 - mean) / sigma  # delta_-
-    upper = upper.masked_fill(x0 > 0.999, torch.inf)  # the outermost bins are open
-    lower = lower.masked_fill(x0 < -0.999, -torch.inf)
-    mirror = lower > 0  # the same mass in the lower tail, precise there
+    # [DDPM] Eq. 13: the integral of N(x; mean, sigma^2) from delta_- to delta_+,
+    # x_0 - 1/255 and x_0 + 1/255; the outermost bins are open.
+    upper = ((x0 + 1 / 255 - mean) / sigma).masked_fill(x0 > 0.999, torch.inf)
+    lower = ((x0 - 1 / 255 - mean) / sigma).masked_fill(x0 < -0.999, -torch.inf)
+    mirror = lower > 0  # the same mass in the lower tail, where it is precise
     upper, lower = (torch.where(mirror, -lower, upper),
                     torch.where(mirror, -upper, lower))
     log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
     ratio = torch.exp(log_lower - log_upper).clamp(max=1 - 1e-7)  # log1p stays finite
-    return (log_upper + torch.log1p(-ratio)).to(device)  # [DDPM] Eq. 13, in nats
+    return (log_upper + torch.log1p(-ratio)).to(device)
 
 
 @torch.no_grad()
 def bound_term(model, x0, t, schedule, variance="beta_tilde", clip_x0=True):
     """L_{t-1} in nats, like x0: (B, C, H, W), from one draw of x_t. t: int in 1..T.
 
-    L_0 takes sigma_1^2 = beta_tilde_2 with either variance, as the code does.
+    L_0 takes sigma_1^2 = beta_tilde_2 with either variance, as the authors' code does:
+    beta_tilde_1 is 0.
     """
     xt = q_sample(x0, t, torch.randn_like(x0), schedule.alpha_bars)
     mean, sigma2 = p_theta(model, xt, t, schedule, variance, clip_x0)
-    if t == 1:  # of a single step there is no beta_tilde_2
+    if t == 1:  # a single step has no beta_tilde_2
         sigma2 = beta_tilde(2, schedule) if schedule.T > 1 else schedule.betas[1]
         return -discrete_log_likelihood(x0, mean, sigma2.sqrt())
     mean_q, variance_q = q_posterior(x0, xt, t, schedule)
+    # [DDPM] Eq. 8: |mu_tilde - mu_theta|^2 / (2 sigma_t^2) + C
     ratio = variance_q / sigma2
-    constant = 0.5 * (ratio - 1 - ratio.log())  # C of [DDPM] Eq. 8
-    return (mean_q - mean) ** 2 / (2 * sigma2) + constant  # [DDPM] Eq. 8
+    C = 0.5 * (ratio - 1 - ratio.log())
+    return (mean_q - mean) ** 2 / (2 * sigma2) + C
 
 
 def variational_bound(model, x0, schedule, variance="beta_tilde", clip_x0=True):
-    """[L_0, ..., L_T], whose sum is the bound on -log2 p(x0), bits per dimension.
+    """[L_0, ..., L_T], whose sum bounds -log2 p(x0) from above, in bits per dimension.
 
-    x0: (B, C, H, W), 8-bit in [-1, 1]; the mean over them. Source: [DDPM] Eq. 5.
+    x0: (B, C, H, W), 8-bit images in [-1, 1]; each term is the mean over them.
     """
+    # [DDPM] Eq. 5: L_T + sum of L_{t-1} for t > 1 + L_0
     terms = [bound_term(model, x0, t, schedule, variance, clip_x0)
              for t in tqdm(range(1, schedule.T + 1), "bound", leave=False)]
+    # L_T = KL(q(x_T | x_0) || N(0, I))
     alpha_bar = schedule.alpha_bars[-1]
-    prior = 0.5 * (alpha_bar * x0**2 - alpha_bar - torch.log1p(-alpha_bar))
-    terms.append(prior)  # L_T = KL(q(x_T | x_0), N(0, I))
+    terms.append(0.5 * (alpha_bar * x0**2 - alpha_bar - torch.log1p(-alpha_bar)))
     return [term.mean().item() / math.log(2) for term in terms]
 
 
-# %% 7. Figures and main
+# %% 7. Main
 
 
 @plotting.figure("preview.png")
 def figure_preview(run, model, data, schedule, step):
-    """preview.png: x0_hat of held-out x_t at a few t: one network call, no sampling."""
+    """preview.png: x0_hat of held-out x_t at a few t, each from one network call."""
     x0 = data.test[:6]
-    generator = torch.Generator().manual_seed(0)  # training draws are left alone
+    generator = torch.Generator().manual_seed(0)  # leaves the draws of training alone
     eps = torch.randn(x0.shape, generator=generator).to(x0.device)
     rows, labels = [x0], ["held out"]
-    for share in (0.1, 0.3, 0.5, 0.7):
-        t = max(1, round(schedule.T * share))
+    for fraction in (0.1, 0.3, 0.5, 0.7):
+        t = torch.full((len(x0),), max(1, round(schedule.T * fraction)),
+                       device=x0.device)
         xt = q_sample(x0, t, eps, schedule.alpha_bars)
-        eps_hat = predict_eps(model, xt, t, schedule.alpha_bars)
-        rows += [xt, predict_x0(xt, eps_hat, t, schedule.alpha_bars)]
-        labels += [f"x_t, t = {t}", "x0_hat"]
-    title = f"What one network call recovers, step {step}"
-    plotting.table(run.path("preview.png"), rows, title, labels)
+        rows += [xt, predict_x0(xt, model(xt, t), t, schedule.alpha_bars)]
+        labels += [f"x_t, t = {t[0]}", "x0_hat"]
+    plotting.table(run.path("preview.png"), rows,
+                   f"What one network call recovers, step {step}", labels)
 
 
 @plotting.figure("loss.png")
 def figure_loss(run, model, data, schedule):
-    """loss.png: the training loss, and the held-out loss by t."""
+    """loss.png: the training loss, and the loss of held-out images by t."""
     x0 = data.test[:200]
 
     def loss(low, high):
@@ -606,128 +597,34 @@ def figure_loss(run, model, data, schedule):
         plotting.loss_by_t(loss, edges, "held-out loss by t")])
 
 
-@plotting.figure("denoising.gif", "denoising.png")
-def figure_denoising(run, model, states, alpha_bars):
-    """denoising.gif: x_t on its way; denoising.png: x_t, and below it x0_hat."""
-    states = list(states)
-    frames, columns = plotting.evenly(states, 33), plotting.evenly(states[:-1], 8)
-    captions = [f"t = {t}" for t, _ in frames]
-    plotting.gif(run.path("denoising.gif"), [xt for _, xt in frames], 3, captions)
-
-    xts = torch.stack([xt[:3] for _, xt in columns], dim=1)  # (3, 8, C, H, W)
-    eps_hats = torch.stack([predict_eps(model, xt[:3], t, alpha_bars)
-                            for t, xt in columns], dim=1)
-    x0_hats = torch.stack([predict_x0(xts[:, i], eps_hats[:, i], t, alpha_bars)
-                           for i, (t, _) in enumerate(columns)], dim=1)
-    rows = torch.stack([xts, x0_hats], dim=1).flatten(0, 1)
-    plotting.table(run.path("denoising.png"), list(rows), "x_t and x0_hat on the way",
-                   ["x_t", "x0_hat"] * 3, [f"t = {t}" for t, _ in columns])
-
-
-@plotting.figure("forward.png", "schedules.png")
-def figure_forward(run, cfg, data, schedule):
-    """forward.png: pictures dissolving; schedules.png: how fast, and Eq. 12's weight.
-
-    Step by step, or at once: two draws of noise, one distribution of x_t.
-    """
-    x0, T = data.test[:2], schedule.T
-    ts = [0, T // 20, T // 10, T // 5, 3 * T // 10, T // 2, 3 * T // 4, T]
-    xt, chain = x0, {0: x0}
-    for t in range(1, T + 1):
-        xt = q_step(xt, t, torch.randn_like(x0), schedule)
-        if t in ts:
-            chain[t] = xt
-    steps = torch.stack([chain[t] for t in ts], dim=1)
-    eps = torch.randn_like(x0)
-    once = torch.stack([q_sample(x0, t, eps, schedule.alpha_bars) for t in ts], dim=1)
-    rows = torch.stack([steps, once], dim=1).flatten(0, 1)
-    plotting.table(run.path("forward.png"), list(rows),
-                   "The forward process: t steps of Eq. 2, or Eq. 4 once",
-                   ["Eq. 2, t times", "Eq. 4, once"] * len(x0),
-                   [f"t = {t}" for t in ts])
-
-    signal, log_snr, weight, t = {}, {}, {}, torch.arange(1, T + 1)
-    sigma = r"\beta_t" if cfg.variance == "beta" else r"\tilde\beta_t"
-    for kind in ("linear", "cosine"):
-        its = make_schedule(kind, T, cfg.beta_1, cfg.beta_T)
-        a = its.alpha_bars[1:]
-        signal[kind], log_snr[f"_{kind}"] = (t, a), (t, (a / (1 - a)).log())
-        weight[f"_{kind}"] = t[1:], bound_weight(t[1:], its, cfg.variance)
-    plotting.curves(run.path("schedules.png"), [
-        {"lines": signal, "xlabel": "t", "title": r"signal left, $\bar\alpha_t$"},
-        {"lines": log_snr, "xlabel": "t",
-         "title": r"$\log\,\bar\alpha_t\,/\,(1-\bar\alpha_t)$"},
-        {"lines": weight, "levels": {"Eq. 14": 1.0}, "xlabel": "t", "yscale": "log",
-         "title": rf"weight in Eq. 12, $\sigma_t^2 = {sigma}$"}])
-
-
-@plotting.figure("bound.png", "rate_distortion.png")
-def figure_bound(run, cfg, model, data, schedule):
-    """bound.png: the bound term by term; rate_distortion.png: [DDPM] Fig. 5.
-
-    To send x_t costs L_t + ... + L_T bits; x0_hat is computed from x_t.
-    """
-    x0 = data.test[:100 if run.opts.evaluate else 32]
-    L = variational_bound(model, x0, schedule, cfg.variance, cfg.clip_x0)
-    plotting.curves(run.path("bound.png"), [{
-        "lines": {r"$L_{t-1}$, rate": (range(2, cfg.T + 1), L[1:-1])},
-        "points": {r"$L_0$, distortion": ([1], L[:1])},
-        "xlabel": "t", "xscale": "log", "ylabel": "bits / dimension", "yscale": "log",
-        "title": f"The bound (Eq. 5) of {len(x0)} pictures: {sum(L):.2f} bits/dim"}])
-    run.add_metrics(bits_per_dim={  # rate and distortion: [DDPM] Sec. 4.3
-        "images": len(x0), "variance": cfg.variance, "total": sum(L),
-        "rate": sum(L[1:]), "distortion": L[0], "L_T": L[-1]})
-
-    small = [t for t in (1, 2, 3, 5, 8, 13) if t <= cfg.T]
-    ts = sorted({*small, *plotting.evenly(range(1, cfg.T + 1), 50)})
-    rate, distortion = [sum(L[t:]) for t in ts], []
-    for t in ts:
-        xt = q_sample(x0, t, torch.randn_like(x0), schedule.alpha_bars)
-        eps_hat = predict_eps(model, xt, t, schedule.alpha_bars, cfg.clip_x0)
-        x0_hat = predict_x0(xt, eps_hat, t, schedule.alpha_bars)
-        distortion.append(127.5 * (x0 - x0_hat).square().mean().sqrt().item())
-    every_t, style = range(1, cfg.T + 1), "o-" if cfg.T < 50 else "-"
-    plotting.curves(run.path("rate_distortion.png"), [
-        {"lines": {"_": (ts, distortion, "o-")}, "xlabel": "t", "xlim": (cfg.T, 0),
-         "ylabel": "rms error of x0_hat, of 255", "title": "distortion"},
-        {"lines": {"_": (every_t, [sum(L[t:]) for t in every_t], style)},
-         "xlabel": "t", "xlim": (cfg.T, 0), "ylabel": "bits / dimension",
-         "title": "rate"},
-        {"lines": {"_": (rate, distortion, "o-")}, "xlabel": "bits / dimension",
-         "ylabel": "rms error of x0_hat, of 255",
-         "title": "distortion against rate (Fig. 5)"}])
-
-
 @command_line
 def main(argv=None):
-    """Train, or load what was trained; draw; measure."""
+    """Train a network, or load one; then draw images, and score them if asked to."""
     cfg, run = open_run("ddpm", Config, PRESETS, SAMPLING, argv)
     data = run.load(load_images(cfg.dataset, cfg.image_size))
-    schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     if run.sampling:
         model = run.trained(make_unet(cfg, data.shape))
     else:
         model = train(cfg, run, data)
     if not run.main:
-        return  # only the first process draws
+        return  # of several processes only the first one draws
 
-    sharper = scaled(model, cfg.eps_scale)
+    schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
+
+    def eps_model(xt, t):
+        return cfg.eps_scale * model(xt, t)  # departure 5
 
     def states(batch):
         xT = torch.randn(len(batch), *data.shape, device=run.device)
-        how = cfg.variance, cfg.clip_x0, cfg.temperature
-        return reverse_process(sharper, xT, schedule, *how)
+        return reverse_process(eps_model, xT, schedule, cfg.variance, cfg.clip_x0)
 
     samples, timing = run.draw(cfg.n_samples, states, model, cfg.T)
     run.add_metrics(sampling=timing, samples=quality.glance(samples, data))
     plotting.samples(run.path("samples.png"), samples, data, "Drawn from noise")
-    plotting.neighbours(run.path("neighbours.png"), samples, data)
+    plotting.denoising(run.path("denoising.gif"), states(range(9)))
     figure_loss(run, model, data, schedule)
-    figure_denoising(run, model, states(range(9)), schedule.alpha_bars)
-    figure_forward(run, cfg, data, schedule)
-    figure_bound(run, cfg, model, data, schedule)
     run.evaluate(states, model, cfg.T, data)
-    run.finish()
+    run.finish("experiments/ddpm.py")
 
 
 if __name__ == "__main__":

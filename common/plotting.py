@@ -76,8 +76,8 @@ def _write_gif(path, pictures, hold, milliseconds):
         file, "gif", save_all=True, append_images=rest, duration=milliseconds, loop=0))
 
 
-def _axes(n, width, height, rows=1, **options):
-    """A figure of so many inches, and its n axes side by side, in one row or more."""
+def sheet_of(n, width, height, rows=1, **options):
+    """(figure, axes): a figure of width x height inches, with n axes in each row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     sheet = Figure(figsize=(width, height))
@@ -85,8 +85,8 @@ def _axes(n, width, height, rows=1, **options):
     return sheet, sheet.subplots(rows, n, squeeze=False, **options).ravel()
 
 
-def _finish(sheet, path, title=""):
-    """Give a figure its title and write it."""
+def save(sheet, path, title=""):
+    """Give a figure its title and write it to a file."""
     if title:
         sheet.suptitle(title)
     if title or len(sheet.axes) > 1:
@@ -142,11 +142,11 @@ def grid(path, x, columns, title):
     picture = tile(x, columns)
     width = min(10.0, max(5.0, picture.shape[1] / 40))
     height = width * picture.shape[0] / picture.shape[1] + 0.5
-    sheet, [axis] = _axes(1, width, height)
+    sheet, [axis] = sheet_of(1, width, height)
     axis.imshow(picture, interpolation="nearest")
     axis.axis("off")
     axis.set_title(title)
-    _finish(sheet, path)
+    save(sheet, path)
 
 
 @figure()
@@ -164,7 +164,7 @@ def panels(path, parts, title, columns=None, limit=2.3):
     points = parts[0][1].ndim < 4
     width = min(4.4, 16 / len(parts))
     height = width + (0.6 if points else 0.8)
-    sheet, axes = _axes(len(parts), width * len(parts), height)
+    sheet, axes = sheet_of(len(parts), width * len(parts), height)
     for axis, (subtitle, x) in zip(axes, parts, strict=True):
         if points:
             _draw(axis, x, limit)
@@ -172,7 +172,7 @@ def panels(path, parts, title, columns=None, limit=2.3):
             axis.imshow(tile(x, columns or square(len(x))), interpolation="nearest")
             axis.axis("off")
         axis.set_title(subtitle)
-    _finish(sheet, path, title)
+    save(sheet, path, title)
 
 
 @figure()
@@ -198,7 +198,7 @@ def table(path, rows, title, row_labels=(), column_labels=(), cell=0.95):
             top, left = i * (H + gap), j * (W + gap)
             canvas[top:top + H, left:left + W] = picture
     height = cell * len(rows) * (H + gap) / (W + gap)
-    sheet, [axis] = _axes(1, cell * columns, height)
+    sheet, [axis] = sheet_of(1, cell * columns, height)
     axis.imshow(canvas[:-gap, :-gap], interpolation="nearest", aspect="auto")
     axis.set_position([0, 0, 1, 1])
     axis.set_frame_on(False)
@@ -209,7 +209,7 @@ def table(path, rows, title, row_labels=(), column_labels=(), cell=0.95):
     axis.set_xticks(across, column_labels, fontsize=10)
     axis.set_yticks(down, row_labels)
     axis.set_title(title, fontsize=12, pad=10)
-    _finish(sheet, path)
+    save(sheet, path)
 
 
 @figure()
@@ -244,6 +244,18 @@ def gif(path, frames, columns, captions, hold=12, milliseconds=80, scale=4):
     _write_gif(path, pictures, hold, milliseconds)
 
 
+@figure()
+def denoising(path, states, columns=3, frames=33):
+    """An animated GIF of a sampler on its way; states: its (t, x_t), one after another.
+
+    At most `frames` of them are shown, evenly spaced, the first and the last included.
+    """
+    states = evenly(list(states), frames)
+    captions = [f"t = {t:.3g}" if isinstance(t, float) else f"t = {t}"
+                for t, _ in states]
+    gif(path, [x for _, x in states], columns, captions)
+
+
 # Curves and bars
 
 
@@ -264,7 +276,7 @@ def curves(path, parts, title="", height=3.4):
     if not parts:
         return
     width = 5.5 if len(parts) == 1 else 4.4 * len(parts)
-    sheet, axes = _axes(len(parts), width, height)
+    sheet, axes = sheet_of(len(parts), width, height)
     for axis, part in zip(axes, parts, strict=True):
         part = dict(part)
         for label, (x, y, *style) in part.pop("lines", {}).items():
@@ -291,7 +303,7 @@ def curves(path, parts, title="", height=3.4):
         _, labels = axis.get_legend_handles_labels()
         if any(not label.startswith("_") for label in labels):
             axis.legend(frameon=False)
-    _finish(sheet, path, title)
+    save(sheet, path, title)
 
 
 def smooth(values, window=50):
@@ -331,13 +343,13 @@ def loss_by_t(loss, edges, title):
 @figure()
 def fields(path, parts, title, limit=2.3):
     """Arrows over points; parts: (subtitle, points, where (N, 2), arrows (N, 2))."""
-    sheet, axes = _axes(len(parts), 3.8 * len(parts), 4)
+    sheet, axes = sheet_of(len(parts), 3.8 * len(parts), 4)
     for axis, (subtitle, points, where, arrows) in zip(axes, parts, strict=True):
         axis.scatter(*to_numpy(points).T, s=2, alpha=0.35, color="C1")
         axis.quiver(*to_numpy(where).T, *to_numpy(arrows).T, color="C0", width=0.003)
         axis.set(title=subtitle, aspect="equal",
                  xlim=(-limit, limit), ylim=(-limit, limit))
-    _finish(sheet, path, title)
+    save(sheet, path, title)
 
 
 @figure()
@@ -347,13 +359,13 @@ def flow(path, parts, ts, line, density, title):
     parts: (subtitle, times (S,), places (S, N)) each; density: (len(line), len(ts)),
     shown as a share of the largest at its time.
     """
-    sheet, axes = _axes(len(parts), 5.2 * len(parts), 3.8, sharex=True, sharey=True)
+    sheet, axes = sheet_of(len(parts), 5.2 * len(parts), 3.8, sharex=True, sharey=True)
     share = to_numpy(density / density.max(0).values)
     for axis, (subtitle, times, places) in zip(axes, parts, strict=True):
         axis.pcolormesh(ts, to_numpy(line), share, cmap="Blues", vmax=1.3)
         axis.plot(times, to_numpy(places), lw=0.9, color="C1")
         axis.set(title=subtitle, xlabel="t", xlim=(max(ts), 0))
-    _finish(sheet, path, title)
+    save(sheet, path, title)
 
 
 @figure()
@@ -362,21 +374,21 @@ def densities(path, parts, title, limit):
 
     parts: (subtitle, density (side, side)) each; limit: half the side of the square.
     """
-    sheet, axes = _axes(len(parts), 4.5 * len(parts), 4.4)
+    sheet, axes = sheet_of(len(parts), 4.5 * len(parts), 4.4)
     true_density = to_numpy(parts[-1][1])
     top = true_density[np.isfinite(true_density)].max(initial=0)
     for axis, (subtitle, p) in zip(axes, parts, strict=True):
         axis.imshow(to_numpy(p).T, origin="lower", vmin=0, vmax=top, cmap="magma",
                     extent=(-limit, limit, -limit, limit))
         axis.set_title(subtitle)
-    _finish(sheet, path, title)
+    save(sheet, path, title)
 
 
 @figure()
 def film(path, frames, captions, limit=2.3, hold=12, milliseconds=80):
     """An animated GIF of points or series, one caption a frame; the last is held."""
     from PIL import Image
-    sheet, [axis] = _axes(1, 4.2, 4.4)
+    sheet, [axis] = sheet_of(1, 4.2, 4.4)
     sheet.set_dpi(80)
     pictures = []
     for x, caption in zip(frames, captions, strict=True):
@@ -410,7 +422,7 @@ def fans(path, parts, title):
     """
     columns = min(3, -(-len(parts) // 2))
     rows = -(-len(parts) // columns)
-    sheet, axes = _axes(columns, 13, 2.6 * rows, rows)
+    sheet, axes = sheet_of(columns, 13, 2.6 * rows, rows)
     for axis, (subtitle, truth, known, quantiles) in zip(axes, parts, strict=False):
         truth, known, quantiles = map(to_numpy, (truth, known, quantiles))
         first = np.flatnonzero(~known)[0]
@@ -426,4 +438,4 @@ def fans(path, parts, title):
         axis.axvline(first, color="0.7", ls=":")
         axis.set_title(subtitle)
     axes[0].legend(frameon=False)
-    _finish(sheet, path, title)
+    save(sheet, path, title)

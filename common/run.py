@@ -31,21 +31,26 @@ from .data import ROOT
 FORMAT = "diffusion-examples-1"
 
 
-def open_run(script, Config, presets, sampling=(), argv=None, reads=()):
+def open_run(script, Config, presets, sampling=(), argv=None, reads=(), trained=False):
     """Open the run that a command line asks for: (cfg, run).
 
     With --sample or --resume, cfg is the Config of the checkpoint, except for the
     fields named in `sampling`: with --sample those are this file's, and flags may
-    change them. reads: other scripts whose checkpoints --sample takes. Raises Mistake
-    before anything is written.
+    change them. reads: other scripts whose checkpoints --sample takes. trained: a
+    checkpoint is always loaded, as if --sample stood there. Raises Mistake before
+    anything is written.
     """
     begin = time.perf_counter()
     cfg, opts = parse_args(Config, presets, argv)
+    if trained and opts.resume is not None:
+        raise Mistake("--resume: this script trains nothing, --sample RUN names a run")
+    if trained and opts.sample is None:
+        opts.sample = ""
     state = folder = where = None
     if opts.sample is not None:
         scripts = (script, *reads)
         source = opts.sample or _newest(opts.out, scripts) or _shipped(opts, scripts)
-        where = f"--sample {source}"
+        opts.sample, where = str(source), f"--sample {source}"
         state = load_checkpoint(source, scripts, where)
     elif opts.resume is not None:
         source = folder = _to_resume(opts, script)
@@ -752,8 +757,11 @@ class Run:
             self.add_metrics(evaluation=self.quality(
                 states, network, steps, data, labels, keep=True))
 
-    def finish(self):
-        """Print the last line; figures that were not drawn make the exit status 1."""
+    def finish(self, more=None):
+        """Print the last line; figures that were not drawn make the exit status 1.
+
+        more: the script that draws more from the same checkpoint.
+        """
         self.add_metrics(config=dataclasses.asdict(self.cfg),
                          total_seconds=time.perf_counter() - self._begin,
                          peak_memory_mb=device.peak_memory_mb(self.device))
@@ -769,6 +777,8 @@ class Run:
         line = ", ".join(f"{name} {form.format(x)}" for name, x, form in facts
                          if x is not None)
         line += f"; figures and metrics.json in {self.folder}"
+        if more:
+            line += f"; more: python {more} --sample {self.opts.sample or self.folder}"
         if plotting.not_drawn:
             line += f"; NOT DRAWN, see above: {', '.join(plotting.not_drawn)}"
         say(line)

@@ -1,4 +1,4 @@
-"""results/make.py: what is run, copied and written into the tables."""
+"""experiments/make.py: what is run, copied and written into the tables."""
 
 import json
 import re
@@ -20,7 +20,7 @@ PAGES = [page for page in make.PAGES if (ROOT / page).exists()]
 @pytest.mark.parametrize("page", PAGES)
 def test_the_tables_are_those_of_the_files(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert make.with_tables(text, ".ko." in page) == text, "python results/make.py --tables"
+    assert make.with_tables(text, ".ko." in page) == text, "python experiments/make.py --tables"
 
 
 def test_a_page_shows_what_is_there_and_every_table_is_shown():

@@ -24,7 +24,7 @@ def at_hand(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "CACHE", ROOT / "no such folder")
         judge, of_held_out = quality.load_judge(digits, fit=False)
-    assert judge is not None, "not of these digits: python results/judge.py"
+    assert judge is not None, "not of these digits: python experiments/judge.py"
     torch.manual_seed(1)
     kinds = shipped.pictures(digits.test, digits.test_labels)
 

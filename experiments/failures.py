@@ -1,6 +1,6 @@
 """What broken looks like: docs/failures.png, each row one mistake made on purpose.
 
-    python results/failures.py          about five minutes on 2 cores
+    python experiments/failures.py          about five minutes on 2 cores
 
 The rows that concern sampling are drawn from the shipped DDPM model, the others from
 networks that are trained here, with the mistake. docs/learn.md names the causes.

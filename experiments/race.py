@@ -1,7 +1,7 @@
 """The race: how legible digits are after 1, 2, 5, 10 and 20 CPU minutes of training.
 
-    python results/race.py                              the default of ddpm_example.py
-    python results/race.py --minutes 2 10 --no_keep --drawing uniform    another setting
+    python experiments/race.py                              the default of ddpm_example.py
+    python experiments/race.py --minutes 2 10 --no_keep --drawing uniform    another setting
 
 A CPU minute is one minute of one core, summed over all cores. For each budget the
 number of steps that it pays for is estimated from 200, a network is trained for so

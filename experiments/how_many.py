@@ -1,6 +1,6 @@
 """How many pictures are enough: the default DDPM training on 100, 500 and 4,500 digits.
 
-    python results/how_many.py          about 12 minutes on 2 cores
+    python experiments/how_many.py          about 12 minutes on 2 cores
 
 Writes results/ddpm/how_many.json: the quality of 500 samples, and how near they are to
 the pictures that were trained on, beside how near held-out digits are to these.

@@ -1,6 +1,6 @@
 """results/gallery.gif, the moving picture at the top of the READMEs.
 
-    python results/gallery.py RUN RUN RUN       of run folders: their denoising.gif
+    python experiments/gallery.py RUN RUN RUN       of run folders: their denoising.gif
 
 Films about as high as wide stand side by side, wide ones below; each is as long as the
 others, its frames held or left out.

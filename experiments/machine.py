@@ -1,6 +1,6 @@
 """What the machine costs: the start of a script, and two trainings side by side.
 
-    python results/machine.py          about two minutes; prints the lines below
+    python experiments/machine.py          about two minutes; prints the lines below
 
 Seconds of `import torch`, of a mistake on the command line and of --help; then the
 seconds of a training step of ddpm_example.py alone and beside another one.

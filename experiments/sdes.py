@@ -1,6 +1,6 @@
 """The three SDEs side by side: results/score_based/three_sdes.png.
 
-    python results/sdes.py CHECKPOINT CHECKPOINT ...
+    python experiments/sdes.py CHECKPOINT CHECKPOINT ...
 
 Of score_based_diffusion_example.py. Ten draws of each; beside them what `--sample
 CHECKPOINT --evaluate N` found, which is kept in results/score_based/evaluation.json

@@ -1,9 +1,9 @@
 """The evidence: every number and figure that the READMEs show, by one command.
 
-    python results/make.py              all that is missing; hours, one step at a time
-    python results/make.py --list       the steps: what is there, how long all takes
-    python results/make.py ddpm latent  these steps again
-    python results/make.py --tables     only the tables, from the files in results/
+    python experiments/make.py              all that is missing; hours, one step at a time
+    python experiments/make.py --list       the steps: what is there, how long all takes
+    python experiments/make.py ddpm latent  these steps again
+    python experiments/make.py --tables     only the tables, from the files in results/
 
 A step is one command. Its run folder is outputs/evidence/<step>; what the READMEs show
 of it is copied into results/ (pictures in fewer colours) and pretrained/ (weights in
@@ -73,7 +73,7 @@ STEPS = {
         "conditional_diffusion_example.py --sample {unconditional} "
         "--guidance classifier --evaluate 500", 1, "conditional",
         "metrics.json>evaluation_unconditional.json"),
-    "guidance": Step("results/guidance.py", 1, ""),
+    "guidance": Step("experiments/guidance.py", 1, ""),
     "compare": Step(
         "conditional_diffusion_example.py --compare 240", 10, "conditional",
         "metrics.json>compare.json compare.png"),
@@ -108,7 +108,7 @@ STEPS = {
     "subvp_scores": Step(
         "score_based_diffusion_example.py --sample {subvp} --evaluate 250", 11,
         "score_based", "metrics.json>evaluation_subvp.json"),
-    "sdes": Step("results/sdes.py {score} {ve} {subvp}", 1, ""),
+    "sdes": Step("experiments/sdes.py {score} {ve} {subvp}", 1, ""),
     "swiss_roll": Step(
         "score_based_diffusion_example.py --dataset swiss_roll", 1, "score_based",
         "metrics.json>swiss_roll.json density.png scores.png"),
@@ -118,12 +118,12 @@ STEPS = {
     "membrane": Step(
         "score_based_diffusion_example.py --dataset membrane", 3, "score_based",
         "metrics.json>membrane.json forecast.png>membrane.png"),
-    "unique_codes": Step("results/unique_codes.py", 1, ""),
-    "training": Step("results/training.py", 5, ""),
-    "how_many": Step("results/how_many.py", 12, ""),
-    "failures": Step("results/failures.py", 7, ""),
-    "gallery": Step("results/gallery.py {ddpm} {conditional} {swiss_roll}", 1, ""),
-    "race": Step("results/race.py", 45, ""),
+    "unique_codes": Step("experiments/unique_codes.py", 1, ""),
+    "training": Step("experiments/training.py", 5, ""),
+    "how_many": Step("experiments/how_many.py", 12, ""),
+    "failures": Step("experiments/failures.py", 7, ""),
+    "gallery": Step("experiments/gallery.py {ddpm} {conditional} {swiss_roll}", 1, ""),
+    "race": Step("experiments/race.py", 45, ""),
 }
 
 
@@ -137,10 +137,10 @@ def git(*words):
 
 
 def code_commit():
-    """The last commit that changed the scripts or common/, where all is committed."""
-    code = ["*_example.py", "common"]
+    """The last commit that changed the code, where all is committed."""
+    code = ["*_example.py", "common", "experiments"]
     if git("status", "--porcelain", "--", *code):
-        sys.exit("results/make.py: the scripts or common/ have changes that are not "
+        sys.exit("experiments/make.py: the scripts or common/ have changes that are not "
                  "committed; commit them, evidence belongs to a commit")
     return git("log", "-1", "--format=%h", "--", *code)
 
@@ -156,8 +156,8 @@ def command_of(name):
     step = STEPS[name]
     folders = {each: run_folder(each) for each in re.findall(r"{(\w+)}", step.command)}
     if missing := [each for each, folder in folders.items() if folder is None]:
-        sys.exit(f"results/make.py: {name} needs the run of {missing[0]}; first "
-                 f"python results/make.py {missing[0]}")
+        sys.exit(f"experiments/make.py: {name} needs the run of {missing[0]}; first "
+                 f"python experiments/make.py {missing[0]}")
     words = [sys.executable, *shlex.split(step.command.format(**folders))]
     if not step.folder:
         return words
@@ -172,7 +172,7 @@ def run(name, commit):
     step, begin, before = STEPS[name], time.time(), os.times()
     done = subprocess.run(command_of(name), cwd=ROOT)
     if done.returncode:
-        sys.exit(f"results/make.py: {name} ended with status {done.returncode}")
+        sys.exit(f"experiments/make.py: {name} ended with status {done.returncode}")
     publish(step, run_folder(name))
     after = os.times()
     cpu = (after.children_user + after.children_system
@@ -279,7 +279,7 @@ def table_defaults():
 
 
 def table_race():
-    """The race of results/race.py: legible, distance and recall by CPU minutes."""
+    """The race of experiments/race.py: legible, distance and recall by CPU minutes."""
     rows = load("ddpm/race.json")["rows"]
     yield ["CPU minutes, steps", *(f"{row['cpu_minutes']:.1f}, {row['steps']:,}"
                                    for row in rows)]
