@@ -565,7 +565,7 @@ def main(argv=None):
     ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # S > T is a mistake
     if cfg.sigma_hat and cfg.eta != 1:
         raise Mistake(f"eta {cfg.eta:g}: must be 1 with --sigma_hat")
-    data = run.load(load_images(cfg.dataset, cfg.image_size))
+    data = run.load(load_images, cfg.dataset, cfg.image_size)
     if run.sampling:
         model = run.trained(make_unet(cfg, data.shape))
     else:

@@ -1,9 +1,9 @@
 """results/gallery.gif, the moving picture at the top of the READMEs.
 
-    python experiments/gallery.py RUN RUN RUN       of run folders: their denoising.gif
+    python experiments/gallery.py RUN RUN RUN    from denoising.gif of these run folders
 
-Films about as high as wide stand side by side, wide ones below; each is as long as the
-others, its frames held or left out.
+Films that are about as high as wide stand side by side, and wide ones below. Each is
+made as long as the others: its frames are repeated or left out.
 """
 
 import sys
@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def read(folder, frames):
-    """denoising.gif of a run folder as so many pictures."""
+    """denoising.gif of a run folder, as a list of `frames` pictures."""
     film = Image.open(Path(folder) / "denoising.gif")
     film = [picture.convert("RGB") for picture in ImageSequence.Iterator(film)]
     return [film[i * (len(film) - 1) // (frames - 1)] for i in range(frames)]
 
 
 def main(*folders, file=ROOT / "results/gallery.gif", height=270, frames=24, gap=10):
-    """Write the file from denoising.gif of each run folder."""
+    """Write the file from the denoising.gif of each run folder."""
     films = [read(folder, frames) for folder in folders]
     wide = [film for film in films if film[0].width > 2 * film[0].height]
     square = [film for film in films if film not in wide]

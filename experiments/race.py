@@ -1,14 +1,14 @@
 """The race: how legible digits are after 1, 2, 5, 10 and 20 CPU minutes of training.
 
-    python experiments/race.py                              the default of ddpm_example.py
-    python experiments/race.py --minutes 2 10 --no_keep --drawing uniform    another setting
+    python experiments/race.py                            the default of ddpm_example.py
+    python experiments/race.py --minutes 2 10 --no_keep --drawing uniform    other flags
 
 A CPU minute is one minute of one core, summed over all cores. For each budget the
-number of steps that it pays for is estimated from 200, a network is trained for so
-many, with the learning rate's decay fitted to them (what that took is reported), and
-500 samples are drawn in T steps (Alg. 2 of DDPM) and in 25 steps of DDIM, eta = 0. All
-that is not known here is a flag of ddpm_example.py. Writes results/ddpm/race.json and
-race.png; --no_keep: prints only.
+number of steps that it pays for is estimated from 200 steps, and a network is trained
+for so many, with the decay of the learning rate fitted to them; the time that this took
+is reported. Then 500 samples are drawn in T steps (DDPM, Alg. 2) and in 25 steps (DDIM,
+eta = 0). All other flags are those of ddpm_example.py. Writes results/ddpm/race.json
+and race.png, or with --no_keep only prints.
 """
 
 import argparse
@@ -18,8 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 import ddim_example as ddim  # noqa: E402
 import ddpm_example as ddpm  # noqa: E402
 from common import plotting, quality  # noqa: E402
@@ -28,42 +30,40 @@ from common.data import load_images  # noqa: E402
 from common.device import seeded  # noqa: E402
 from common.run import open_run  # noqa: E402
 
-import torch  # noqa: E402
-
 SAMPLERS = {"T steps": "DDPM, T steps", "25 steps": "DDIM, 25 steps, eta = 0"}
 
 
 def trained(minutes, data, flags):
-    """(cfg, network, CPU seconds) of a training of so many CPU minutes."""
+    """(cfg, network, CPU seconds) of a training that takes so many CPU minutes."""
     def train(steps):
         cfg, run = open_run("ddpm", ddpm.Config, ddpm.PRESETS, ddpm.SAMPLING,
                             [*flags, f"--steps={steps}", f"--preview_every={steps}"])
         begin = time.process_time()
-        model = ddpm.train(cfg, run, data)
+        model = ddpm.train(cfg, run, run.load(lambda: data))
         if run.stopped:
             sys.exit(130)
         return cfg, model, time.process_time() - begin
 
-    _, _, start = train(1)  # and what starting and saving cost
+    _, _, start = train(1)  # includes what starting and saving cost
     _, _, some = train(201)
     cost = (some - start) / 200
     return train(max(1, 1 + round((60 * minutes - start) / cost)))
 
 
 def scores(cfg, model, data, n):
-    """{sampler: what quality.scores says of n samples}, both from the same noises."""
+    """{sampler: the scores of n samples}, both from the same noises."""
     schedule = ddpm.make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T)
     schedule = schedule.to(data.train.device)
+
+    def eps_model(xt, t):
+        return cfg.eps_scale * model(xt, t)
+
     with seeded(0, data.train.device):
-        xT = torch.randn(n, *data.shape).to(data.train.device)
-        sharper = ddpm.scaled(model, cfg.eps_scale)
-        drawn = {"T steps": [ddpm.sample(sharper, part.shape, schedule, cfg.variance,
-                                         cfg.clip_x0, part, cfg.temperature)
-                             for part in xT.split(100)],
-                 "25 steps": [ddim.ddim_sample(sharper, part.shape, schedule,
-                                               min(25, cfg.T), xT=part,
-                                               temperature=cfg.temperature)
-                              for part in xT.split(100)]}
+        parts = torch.randn(n, *data.shape).to(data.train.device).split(100)
+        drawn = {"T steps": [ddpm.sample(eps_model, part.shape, schedule, cfg.variance,
+                                         cfg.clip_x0, part) for part in parts],
+                 "25 steps": [ddim.ddim_sample(eps_model, part, schedule,
+                                               min(25, cfg.T)) for part in parts]}
     return {name: quality.scores(torch.cat(x), data) for name, x in drawn.items()}
 
 
@@ -84,37 +84,37 @@ def figure(path, rows):
         {"lines": lines("frechet_distance", "_"), "xlabel": "CPU minutes",
          "xlim": (0, None), "ylim": (0, None),
          "title": "Fréchet distance in features"}],
-        f"{n} samples after so much training")
+        f"{n} samples after each training")
 
 
 def main(argv=None, folder=ROOT / "results/ddpm"):
-    """Run the race; a row for each budget is printed, and written at once."""
+    """Run the race; the row of each budget is printed and written at once."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      allow_abbrev=False)
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 2, 5, 10, 20])
-    parser.add_argument("--n", type=int, default=500, help="samples")
+    parser.add_argument("--n", type=int, default=500, help="number of samples")
     parser.add_argument("--no_keep", action="store_true", help="print only")
     opts, flags = parser.parse_known_args(argv)
     rows = []
     for minutes in sorted(opts.minutes):
         with tempfile.TemporaryDirectory() as out:
-            where = [f"--out={out}", *flags]
+            flags_out = [f"--out={out}", *flags]
             cfg, run = open_run("ddpm", ddpm.Config, ddpm.PRESETS, ddpm.SAMPLING,
-                                where)
-            data = run.load(load_images(cfg.dataset, cfg.image_size))
-            cfg, model, seconds = trained(minutes, data, where)
+                                flags_out)
+            data = run.load(load_images, cfg.dataset, cfg.image_size)
+            cfg, model, seconds = trained(minutes, data, flags_out)
         rows.append({"cpu_minutes": seconds / 60, "steps": cfg.steps,
                      **scores(cfg, model, data, opts.n)})
         for name, words in SAMPLERS.items():
-            found = rows[-1][name]
+            row = rows[-1][name]
             print(f"{seconds / 60:.1f} CPU minutes, {cfg.steps} steps, {words}: "
-                  f"{found['legible']:.1%} legible, distance "
-                  f"{found['frechet_distance']:.1f}, "
-                  f"precision {found['precision']:.2f}, recall {found['recall']:.2f}, "
+                  f"{row['legible']:.1%} legible, distance "
+                  f"{row['frechet_distance']:.1f}, "
+                  f"precision {row['precision']:.2f}, recall {row['recall']:.2f}, "
                   f"to the nearest of the training part "
-                  f"{found['nearest_train_rms']:.3f} (held-out digits: "
-                  f"{found['nearest_train_rms_of_held_out']:.3f}), classes "
-                  f"{found['classes']}", flush=True)
+                  f"{row['nearest_train_rms']:.3f} (held-out digits: "
+                  f"{row['nearest_train_rms_of_held_out']:.3f}), classes "
+                  f"{row['classes']}", flush=True)
         if not opts.no_keep:
             (folder / "race.json").write_text(json.dumps(
                 {"flags": flags, "rows": rows}, indent=2) + "\n")
@@ -123,4 +123,4 @@ def main(argv=None, folder=ROOT / "results/ddpm"):
 
 
 if __name__ == "__main__":
-    command_line(main)()  # a flag that is no flag is one line
+    command_line(main)()  # a mistyped flag is reported in one line
