@@ -2,9 +2,9 @@
 
     python experiments/sdes.py CHECKPOINT CHECKPOINT ...
 
-Of score_based_diffusion_example.py. Ten draws of each; beside them what `--sample
-CHECKPOINT --evaluate N` found, which is kept in results/score_based/evaluation.json
-(vp), evaluation_ve.json and so on.
+Each row is ten draws of a checkpoint of score_based_diffusion_example.py. Beside it
+stand the scores that `--sample CHECKPOINT --evaluate N` found, which are kept in
+results/score_based/evaluation.json (vp), evaluation_ve.json and evaluation_subvp.json.
 """
 
 import json
@@ -12,23 +12,23 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import score_based_diffusion_example as score_based  # noqa: E402
+sys.path.append(str(ROOT))
+import score_based_diffusion_example as sb  # noqa: E402
 from common import plotting  # noqa: E402
 from common.data import load_images  # noqa: E402
 from common.run import open_run  # noqa: E402
 
 
 def row(checkpoint, folder, flags):
-    """(ten draws, what to write beside them)."""
-    cfg, run = open_run("score_based", score_based.Config, score_based.PRESETS,
-                        score_based.SAMPLING, ["--sample", checkpoint, *flags])
-    data = run.load(load_images(cfg.dataset, cfg.image_size))
-    sde = score_based.make_sde(cfg).to(run.device)
-    model = run.trained(score_based.make_network(cfg, data.shape))
-    score = score_based.score_fn(model, sde, cfg.std_floor, cfg.clip_x0)
-    xT = sde.prior_sampling((10, *data.shape))
-    x = score_based.last(score_based.process(cfg, score, sde, xT))
+    """(ten draws, the words beside them)."""
+    cfg, run = open_run("score_based", sb.Config, sb.PRESETS, sb.SAMPLING,
+                        ["--sample", checkpoint, *flags])
+    data = run.load(load_images, cfg.dataset, cfg.image_size)
+    sde = sb.make_sde(cfg)
+    model = run.trained(sb.make_network(cfg, data.shape))
+    score = sb.score_fn(model, sde, cfg.std_floor, cfg.clip_x0)
+    xT = sde.prior_sampling((10, *data.shape), run.device)
+    x = sb.final(sb.sampling_process(cfg, score, sde, xT))
     name = "evaluation.json" if cfg.sde == "vp" else f"evaluation_{cfg.sde}.json"
     found = json.loads((folder / name).read_text())
     scores, bits = found["evaluation"], found["bits_per_dim"]["mean"]
@@ -38,7 +38,7 @@ def row(checkpoint, folder, flags):
 
 
 def main(*checkpoints, folder=ROOT / "results/score_based", flags=()):
-    """Write three_sdes.png into the folder of the numbers; flags: of the runs."""
+    """Write three_sdes.png into the folder of the scores. flags: those of the runs."""
     rows, labels = zip(*(row(c, folder, flags) for c in checkpoints), strict=True)
     plotting.table(folder / "three_sdes.png", rows,
                    "The default settings with each SDE", labels)

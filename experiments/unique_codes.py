@@ -1,9 +1,11 @@
 """Two networks, one code: results/score_based/unique_codes.png, [SDE] App. D.5.
 
-Trains score_based_diffusion_example.py's MLP on the Swiss roll twice, of two widths and
-from two seeds, and encodes the same held-out points with both by the ODE. The codes
-depend on the data alone, so that they agree where both scores are right. Takes about
-twice as long as that script on the Swiss roll.
+    python experiments/unique_codes.py
+
+The MLP of score_based_diffusion_example.py is trained on the Swiss roll twice, with two
+widths and from two seeds, and both networks encode the same held-out points by the ODE.
+The codes depend on the data alone, so they agree where both scores are right. This
+takes about twice as long as that page on the Swiss roll.
 """
 
 import json
@@ -14,27 +16,31 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import score_based_diffusion_example as score_based  # noqa: E402
+sys.path.append(str(ROOT))
+import score_based_diffusion_example as sb  # noqa: E402
 from common import plotting  # noqa: E402
 from common.data import load_points  # noqa: E402
 from common.run import new_run  # noqa: E402
 
 
-def codes(cfg, seed, n, how):
-    """The codes (n, 2) of held-out points by a network that is trained here."""
-    run = new_run("score_based", cfg, seed=seed, **how)
-    data = run.load(load_points(cfg.dataset))
-    sde = score_based.make_sde(cfg).to(run.device)
-    score = score_based.score_fn(score_based.train(cfg, run, data), sde)
-    return score_based.ode_encode(score, sde, data.test[:n]).cpu()
+def codes(cfg, seed, n, settings):
+    """The codes (n, 2) of held-out points, by a network that is trained here."""
+    run = new_run("score_based", cfg, seed=seed, **settings)
+    data = run.load(load_points, cfg.dataset)
+    sde = sb.make_sde(cfg)
+    score = sb.score_fn(sb.train(cfg, run, data), sde)
+    x = data.test[:n]
+    return sb.final(sb.ode_process(score, sde, x, sde.eps, sde.T)).cpu()
 
 
 def main(widths=(64, 128), n=1000, folder=ROOT / "results/score_based", changes=(),
-         **how):
-    """Write the figure and the correlations; changes: of Config; how: see new_run."""
-    cfg = replace(score_based.PRESETS["swiss_roll"], **dict(changes))
-    a, b = (codes(replace(cfg, hidden=width), seed, n, how)
+         **settings):
+    """Write the figure and the correlations.
+
+    changes: fields of Config; settings: those of new_run.
+    """
+    cfg = replace(sb.PRESETS["swiss_roll"], **dict(changes))
+    a, b = (codes(replace(cfg, hidden=width), seed, n, settings)
             for seed, width in enumerate(widths))
     correlation = [float(np.corrcoef(a[:, i], b[:, i])[0, 1]) for i in range(2)]
     error = (a - b).square().mean().sqrt().item()
