@@ -1,0 +1,251 @@
+"""The three SDEs against their moment equations, and denoising score matching against Eq. 7."""
+
+import ddpm_example as ddpm
+import score_based_diffusion_example as sb
+
+import numpy as np
+import pytest
+import torch
+from exact_scores import SDES, every_sde
+from scipy.integrate import solve_ivp
+from torch.testing import assert_close
+
+# Section 1
+
+
+@every_sde
+def test_marginals_solve_the_moment_equations(name):
+    """dm/dt = f m and dV/dt = 2 f V + g^2, integrated by a solver that knows nothing of the kernel."""
+    sde = SDES[name]()
+    start = sde.std(torch.zeros(1).double()).item() ** 2
+
+    def rhs(t, state):
+        one, t = torch.ones(1, 1).double(), torch.tensor([t]).double()
+        f, g = (part.item() for part in sde.sde(one, t))
+        return [f * state[0], 2 * f * state[1] + g**2]
+
+    ts = np.linspace(0, 1, 9)
+    found = solve_ivp(rhs, (0, 1), [1.0, start], t_eval=ts, rtol=1e-8, atol=1e-11)
+    t = torch.from_numpy(ts)
+    mean, std = sde.marginal(torch.ones(9, 1).double(), t)
+    assert_close(mean[:, 0], torch.from_numpy(found.y[0]), rtol=1e-5, atol=1e-8)
+    assert_close(std[:, 0] ** 2, torch.from_numpy(found.y[1]), rtol=1e-5, atol=1e-8)
+
+
+@every_sde
+def test_transition_composes_to_the_marginal(name):
+    sde = SDES[name]()
+    a, variance = sde.transition(0.2, 0.6)
+    m, std = (f(torch.tensor([0.2, 0.6]).double()) for f in (sde.m, sde.std))
+    assert a == pytest.approx((m[1] / m[0]).item())
+    assert variance + a**2 * std[0].item() ** 2 == pytest.approx(std[1].item() ** 2)
+    f, g = sde.sde(torch.ones(1, 1).double(), torch.tensor([0.4]).double())
+    a, variance = sde.transition(0.4 - 1e-5, 0.4 + 1e-5)
+    assert (a - 1) / 2e-5 == pytest.approx(f.item(), rel=1e-3, abs=1e-6)
+    assert variance / 2e-5 == pytest.approx(g.item() ** 2, rel=1e-3)
+
+
+def test_sub_vp_variance_is_at_most_vp():
+    t = torch.linspace(0, 1, 1001).double()
+    vp, sub = sb.VPSDE().std(t) ** 2, sb.SubVPSDE().std(t) ** 2
+    assert (sub <= vp).all() and sub[0] == vp[0] == 0 and vp[-1] - sub[-1] < 1e-4
+    assert (vp - sub).max() > 0.2
+
+
+def test_priors():
+    z = torch.randn(5, 3, 2, 2)
+    for sde, std in ((sb.VESDE(), 50.0), (sb.VPSDE(), 1.0), (sb.SubVPSDE(), 1.0)):
+        expected = torch.distributions.Normal(0, std).log_prob(z).flatten(1).sum(1)
+        assert_close(sde.prior_logp(z), expected)
+        assert sde.prior_sampling((4000, 3)).std().item() == pytest.approx(std, rel=0.05)
+        assert sde.std(torch.ones(1)).item() == pytest.approx(std, rel=1e-3)
+
+
+def test_paper_constants():
+    assert (sb.VESDE().sigma_min, sb.VESDE().sigma_max, sb.VESDE().eps) == (0.01, 50.0, 1e-5)
+    for kind in (sb.VPSDE, sb.SubVPSDE):
+        assert (kind().beta_min, kind().beta_max, kind().eps, kind().T) == (0.1, 20.0, 1e-3, 1.0)
+    assert sb.VPSDE().eps_train == sb.VESDE().eps_train == 1e-5
+
+
+@pytest.mark.parametrize("name", ["vp", "vp_cosine", "subvp", "subvp_cosine"])
+def test_std_keeps_its_digits_near_zero_in_float32(name):
+    """float32 1 - exp(-B) is 5 % off at t = 1e-5."""
+    sde, t = SDES[name](), torch.tensor([1e-5, 1e-4, 1e-3])
+    assert_close(sde.std(t).double(), sde.std(t.double()), rtol=1e-4, atol=0)
+    assert_close(sde.sde(t[:, None], t)[1].double(), sde.sde(t[:, None].double(), t.double())[1],
+                 rtol=1e-4, atol=0)
+
+
+def test_cosine_beta_is_that_of_the_cosine_schedule_and_finite():
+    sde = sb.VPSDE(kind="cosine")
+    T = 4000
+    t = torch.arange(1, T + 1).double() / T
+    early = t < 0.9
+    assert_close(sde.m(t)[early] ** 2, ddpm.make_schedule("cosine", T).alpha_bars[1:][early].double(),
+                 rtol=1e-3, atol=1e-5)
+    assert sde.beta(torch.ones(1)).item() <= sde.cap * 1.01 and torch.isfinite(sde.beta(t)).all()
+    assert sde.m(torch.ones(1)).item() < 0.02
+
+
+def test_discrete_betas_of_ddpm():
+    """beta(t_i) / N at t_i = (i - 1) / (N - 1) are DDPM's betas; their product tends to exp(-B)."""
+    sde, N = sb.VPSDE(), 1000
+    t = torch.arange(N).double() / (N - 1)
+    assert_close(sde.beta(t) / N, ddpm.make_schedule("linear", N).betas[1:].double(), rtol=1e-5, atol=0)
+    errors = []
+    for N in (1000, 10000):
+        t = torch.arange(N).double() / (N - 1)
+        alpha_bar = torch.cumprod(1 - sde.beta(t) / N, 0)[N // 2 - 1]
+        errors.append(abs(alpha_bar / torch.exp(-sde.B(torch.tensor(0.5).double())) - 1).item())
+    assert errors[0] < 0.02 and errors[0] / errors[1] == pytest.approx(10, rel=0.1)
+
+
+# Section 2, and the score of a network
+
+
+@every_sde
+def test_loss_is_eps_mse_and_likelihood_weighting_is_g_squared(name):
+    sde, x0 = SDES[name](), torch.randn(6, 2).double()
+    t, eps = torch.linspace(0.05, 1, 6).double(), torch.randn(6, 2).double()
+    density = torch.linspace(0.5, 3, 6).double()
+    network = lambda x, c: torch.tanh(x) * 0.3  # noqa: E731
+    mean, std = sde.marginal(x0, t)
+    score = sb.score_fn(network, sde)(mean + std * eps, t)
+    target = -eps / std  # the score of the kernel
+    c_out = sde.scaling(t, 0.5)[2][:, None]  # of the network's output: VE's is undone
+    simple = std**2 * (score - target) ** 2 / c_out**2
+    weighted = sde.sde(x0, t)[1] ** 2 * (score - target) ** 2
+    for weighting, terms in (("simple", simple), ("logit_normal", simple), ("likelihood", weighted)):
+        assert_close(sb.score_loss(network, sde, x0, t, eps, weighting), terms.mean())
+        assert_close(sb.score_loss(network, sde, x0, t, eps, weighting, density),
+                     (terms / density[:, None]).mean())
+
+
+@every_sde
+def test_the_network_is_trained_alike_at_every_t(name):
+    """An error of the network's output weighs the same at every noise, that of VE's largest too."""
+    sde, x0, eps = SDES[name](), 0.5 * torch.randn(2000, 2).double(), torch.randn(2000, 2).double()
+    grow = []
+    for at in (0.02, 0.5, 1.0):
+        t = torch.full((2000,), at).double()
+        up, down, none = (sb.score_loss(lambda x, c, b=b: torch.full_like(x, b), sde, x0, t, eps).item()
+                          for b in (1.0, -1.0, 0.0))
+        grow.append((up + down) / 2 - none)
+    assert grow == pytest.approx([1.0] * 3, rel=1e-6)
+
+
+@every_sde
+def test_likelihood_weighting_draws_its_weight(name):
+    """arXiv 2101.09258: t has the density of g^2 / std^2, and the loss its mean at uniform t."""
+    sde = SDES[name]()
+    t, density = sb.draw_times(sde, 40_000, "likelihood")
+    assert t.dtype == density.dtype == torch.float32
+    assert sde.eps_train * 0.99 <= t.min() and t.max() <= sde.T
+    grid = torch.logspace(-5, 0, 20_001, dtype=torch.float64)
+    weight = (sde.sde(grid, grid)[1] / sde.std(grid)) ** 2
+    area = torch.cumulative_trapezoid(weight, grid)
+    fractions = torch.linspace(0.1, 0.9, 9).double()
+    expected = grid[1:][torch.searchsorted(area, fractions * area[-1])]
+    found = torch.stack([(t <= e).double().mean() for e in expected])
+    assert_close(found, fractions, rtol=0, atol=0.015)
+    assert (1 / density).mean().item() == pytest.approx(1, rel=0.03)  # relative to uniform t
+    error = lambda x, c: x * 0  # noqa: E731
+    if name != "ve":  # where eps_hat = 0 and the squared error is eps^2
+        drawn = torch.stack([
+            sb.score_loss(error, sde, torch.zeros(500, 2), t[i:i + 500], torch.randn(500, 2),
+                          "likelihood", density[i:i + 500]) for i in range(0, 10_000, 500)])
+        assert drawn.mean().item() == pytest.approx(area[-1].item(), rel=0.03)
+        assert drawn.std() < 0.1 * drawn.mean()  # at uniform t it is as large as the mean
+
+
+def test_logit_normal_times_are_the_sigmoid_of_a_normal_one_in_each_nth_but_for_one_of_sixteen():
+    sde, normal = sb.VESDE(), torch.distributions.Normal(-0.2, 1)
+    t = torch.stack([sb.draw_times(sde, 64, "logit_normal")[0] for _ in range(1000)])
+    assert sb.draw_times(sde, 64, "logit_normal")[1].tolist() == [1.0] * 64
+    assert t.dtype == torch.float32 and sde.eps_train <= t.min() < 1e-3 and 0.999 < t.max() <= sde.T
+    for fraction in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99):
+        below = (t <= fraction).double().mean(1)
+        wanted = (fraction + 15 * normal.cdf(torch.logit(torch.tensor(fraction))).item()) / 16
+        assert below.mean() == pytest.approx(wanted, abs=0.006)
+    assert (t <= 0.5).double().mean(1).std() < 0.03  # of independent draws 0.062
+
+
+def test_simple_times_cover_the_whole_range():
+    t, density = sb.draw_times(sb.VPSDE(), 20_000)
+    assert 1e-5 <= t.min() < 2e-3 and 0.998 < t.max() <= 1 and abs(t.mean() - 0.5) < 0.01
+    assert density.tolist() == [1.0] * 20_000
+
+
+def test_time_and_input_of_the_network():
+    got = {}
+
+    def network(x, c):
+        got.update(x=x, c=c)
+        return x
+
+    x, t = torch.randn(3, 2), torch.tensor([0.1, 0.5, 1.0])
+    for sde in (sb.VPSDE(), sb.SubVPSDE()):
+        sb.network_eps(network, sde, x, t)
+        assert_close(got["c"], 999 * t)
+        assert_close(got["x"], x)
+    sde = sb.VESDE()
+    sb.network_eps(network, sde, x, t)  # a plain function: sigma_data 0.5
+    sigma = 0.01 * 5000**t
+    assert_close(got["c"], sigma.log())
+    size, sigma = (sigma**2 + 0.25).sqrt()[:, None], sigma[:, None]
+    assert_close(got["x"], x / size)
+    # a network of zeros gives the score of Gaussian data, any other moves x0_hat by bounded amounts
+    silent = sb.score_fn(lambda x, c: 0 * x, sde)(x, t)
+    assert_close(silent, -x / size**2)
+    x0_hat = x + sigma**2 * sb.score_fn(lambda x, c: torch.ones_like(x), sde)(x, t)
+    assert_close(x0_hat - (x + sigma**2 * silent), (-0.5 * sigma / size).expand_as(x), rtol=1e-3,
+                 atol=1e-4)
+
+
+class Preconditioned(torch.nn.Module):
+    """A network of zeros that knows how large its data are."""
+
+    def __init__(self, sigma_data):
+        super().__init__()
+        self.register_buffer("sigma_data", torch.tensor(sigma_data))
+
+    def forward(self, x, t):
+        self.asked = x
+        return torch.zeros_like(x)
+
+
+def test_the_network_s_own_sigma_data_preconditions_ve():
+    """Zeros give the score of N(0, sigma_data^2) data, for whatever sigma_data the network holds."""
+    sde, x, t = sb.VESDE(), torch.randn(3, 1, 2, 2), torch.tensor([0.1, 0.5, 0.9])
+    for sigma_data in (0.2, 1.3):
+        network = Preconditioned(sigma_data)
+        size2 = (sde.std(t) ** 2 + sigma_data**2).view(-1, 1, 1, 1)
+        assert_close(sb.score_fn(network, sde)(x, t), -x / size2)
+        assert_close(network.asked, x / size2.sqrt())
+        for other in (sb.VPSDE(), sb.SubVPSDE()):
+            assert not sb.score_fn(network, other)(x, t).any()
+
+
+@every_sde
+def test_clamp_acts_on_x0_hat_never_on_x(name, monkeypatch):
+    monkeypatch.setattr(sb, "network_eps", lambda model, sde, x, t: model(x, t))
+    sde, x = SDES[name](), 100 * torch.randn(8, 1, 2, 2).double()
+    t = torch.full((8,), 0.7).double()
+    network = lambda x, c: torch.zeros_like(x)  # noqa: E731
+    score = sb.score_fn(network, sde, clip_x0=True)(x, t)
+    m, std = sde.m(t).view(-1, 1, 1, 1), sde.std(t).view(-1, 1, 1, 1)
+    assert_close(x + std**2 * score, m * (x / m).clamp(-1, 1))
+    small = 1e-3 * x / 100
+    assert_close(sb.score_fn(lambda x, c: 1e-4 * x, sde, clip_x0=True)(small, t),
+                 sb.score_fn(lambda x, c: 1e-4 * x, sde)(small, t), rtol=1e-4, atol=1e-6)
+
+
+def test_std_floor():
+    sde, t = sb.SubVPSDE(), torch.full((2,), 1e-5)
+    one = lambda x, c: torch.ones_like(x)  # noqa: E731
+    assert_close(sb.score_fn(one, sde, std_floor=1e-2)(torch.zeros(2, 2), t), torch.full((2, 2), -100.0))
+    free = sb.score_fn(one, sde, std_floor=0.0)(torch.zeros(2, 2), t)
+    assert_close(free, -1 / sde.std(t)[:, None].expand(2, 2))
+
+
