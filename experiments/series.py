@@ -513,12 +513,9 @@ def check_settings(run, cfg, sde, data):
     for name in PICTURES:
         if run.opts.given.get(name):
             raise Mistake(f"{name}: is for pictures, --dataset {cfg.dataset} has none")
-    for name in ("sampler", "predictor"):
-        if getattr(cfg, name) == "ancestral" and not sde.has_ancestral:
-            raise Mistake(f"{name} ancestral: needs --sde ve or vp")
-    for name in ("corrector_steps", "inpaint_corrector"):
-        if cfg.predictor == "none" and not getattr(cfg, name):
-            raise Mistake(f"{name} 0: must be at least 1 with --predictor none")
+    sb.check_settings(run, cfg, sde, data)
+    if cfg.predictor == "none" and not cfg.inpaint_corrector:
+        raise Mistake("inpaint_corrector 0: must be at least 1 with --predictor none")
     if cfg.forecast >= data.shape[1]:
         raise Mistake(f"forecast {cfg.forecast}: must be below {data.shape[1]}, the "
                       "length of the series")
