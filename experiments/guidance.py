@@ -1,7 +1,10 @@
-"""results/conditional/guidance.png, of the evaluations that lie beside it.
+"""results/conditional/guidance.png, from the two sweeps that lie beside it.
 
-Those are evaluation.json, of the default network, and evaluation_unconditional.json, of
-the one trained by --p_uncond 1 --guidance classifier: see README.md.
+    python experiments/guidance.py
+
+The sweeps, made by `experiments/conditional.py --evaluate 500`, are of the default
+network (evaluation.json) and of one that never saw a label, trained with --p_uncond 1
+--guidance classifier (evaluation_unconditional.json).
 """
 
 import json
@@ -9,12 +12,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from conditional_diffusion_example import figure_guidance  # noqa: E402
+sys.path.append(str(ROOT))
+from experiments.conditional import figure_guidance  # noqa: E402
 
 
 def main(folder=ROOT / "results/conditional"):
-    """Draw both evaluations of the folder in one figure."""
+    """Draw both sweeps of the folder in one figure."""
     scores = {}
     for name in ("evaluation", "evaluation_unconditional"):
         scores |= json.loads((folder / f"{name}.json").read_text())["guidance_sweep"]
