@@ -327,112 +327,24 @@ def test_the_weight_of_eq_12_makes_the_bound_of_the_error_of_eps(variance):
         assert_close(ddpm.bound_weight(torch.tensor([t]), schedule, variance), weight[None])
 
 
-def test_rate_and_distortion_belong_to_the_bound(tmp_path, monkeypatch):
-    """Fig. 5: the rate at t is the bits of all later terms; x0_hat of a blind network is known."""
-    cfg, run, data = open_run(ddpm, tmp_path, "--no-clip_x0")
-    schedule, figures = ddpm.make_schedule("linear", cfg.T), {}
-    spied(monkeypatch, ddpm.plotting, "curves",
-          lambda given, _: figures.update({given["path"].name: given["parts"]}))
-    ddpm.figure_bound(run, cfg, lambda x, t: 0 * x, data, schedule)
-    found = run.read_metrics()["bits_per_dim"]
-    distortion, rate, both = (next(iter(part["lines"].values()))
-                              for part in figures["rate_distortion.png"])
-    assert list(distortion[0]) == list(rate[0]) == list(range(1, 21))
-    assert [part["xlabel"] for part in figures["rate_distortion.png"]][:2] == ["t", "t"]
-    assert both[:2] == (rate[1], distortion[1])
-    assert_close(rate[1][0], found["rate"])
-    assert_close(rate[1][-1], found["L_T"])
-    L = next(iter(figures["bound.png"][0]["lines"].values()))[1]
-    assert_close(rate[1][4], sum(L[4:]) + found["L_T"])  # L holds L_1 to L_{T-1}
-    for t, error in zip(*distortion[:2], strict=True):  # x0_hat - x0 = eps / sqrt(snr)
-        a = schedule.alpha_bars[t].item()
-        assert_close(error, 127.5 * math.sqrt((1 - a) / a), rtol=0.03, atol=0)
-
-
-@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
-def test_the_forward_figure_goes_both_ways(variance, tmp_path, monkeypatch):
-    """Eq. 2 iterated and Eq. 4 at once: different noise, one distribution."""
-    cfg, run, data = open_run(ddpm, tmp_path, "--variance", variance)
-    schedule, figures, steps = ddpm.make_schedule("linear", 1000), {}, []
-    spied(monkeypatch, ddpm, "q_step", lambda given, out: steps.append((given, out)))
-    spied(monkeypatch, ddpm.plotting, "table",
-          lambda given, _: figures.update({given["path"].name: given["rows"]}))
-    spied(monkeypatch, ddpm.plotting, "curves",
-          lambda given, _: figures.update({given["path"].name: given["parts"]}))
-    ddpm.figure_forward(run, cfg, data, schedule)
-    rows, ts = figures["forward.png"], [0, 50, 100, 200, 300, 500, 750, 1000]
-    for i, row in enumerate(rows):
-        for t, xt in zip(ts, row, strict=True):
-            a, x0 = schedule.alpha_bars[t], data.test[i // 2]
-            assert_close((xt - a.sqrt() * x0).std(), (1 - a).sqrt(), rtol=0.1, atol=1e-6)
-    assert (rows[0][3] - rows[1][3]).abs().max() > 0.1
-    assert [given["t"] for given, _ in steps] == list(range(1, 1001))
-    assert torch.equal(steps[0][0]["x_prev"], data.test[:2])
-    for (_, out), (given, _) in zip(steps[:-1], steps[1:], strict=True):
-        assert given["x_prev"] is out  # a chain
-    for t, first, second in zip(ts[1:], rows[0][1:], rows[2][1:], strict=True):
-        assert torch.equal(torch.stack([first, second]), steps[t - 1][1])
-    t, weights = figures["schedules.png"][2]["lines"]["_linear"]
-    assert t[0] == 2 and torch.isfinite(weights).all()  # at 1 beta_tilde is 0
-    assert_close(weights[498], ddpm.bound_weight(500, schedule, variance))
-    assert ("tilde" in figures["schedules.png"][2]["title"]) == (variance == "beta_tilde")
-
-
-def test_the_rate_is_drawn_for_every_t_and_the_distortion_for_the_smallest(tmp_path, monkeypatch):
-    cfg, run, data = open_run(ddpm, tmp_path, "--T", "200")
-    schedule, figures = ddpm.make_schedule("linear", 200), {}
-    spied(monkeypatch, ddpm.plotting, "curves",
-          lambda given, _: figures.update({given["path"].name: given["parts"]}))
-    ddpm.figure_bound(run, cfg, lambda x, t: 0 * x, data, schedule)
-    distortion, rate, both = (next(iter(part["lines"].values()))
-                              for part in figures["rate_distortion.png"])
-    assert list(rate[0]) == list(range(1, 201))
-    ts = list(distortion[0])
-    assert {1, 2, 3, 5, 8, 13, 200} <= set(ts) and ts == sorted(ts) and len(ts) < 60
-    assert list(both[0]) == [rate[1][t - 1] for t in ts]
-
-
 # Sampling
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
-def test_the_last_step_adds_no_noise(variance):
-    schedule = ddpm.make_schedule("linear", 10)
-    exact, xt = gaussian_eps(schedule.alpha_bars), torch.randn(5, 2, 1, 1)
-    first = ddpm.p_sample(exact, xt, 1, schedule, variance, clip_x0=False)
-    assert_close(first, ddpm.p_sample(exact, xt, 1, schedule, variance, clip_x0=False), rtol=0,
-                 atol=0)
-    eps_hat = ddpm.predict_eps(exact, xt, 1, schedule.alpha_bars)
-    assert_close(first, ddpm.predict_x0(xt, eps_hat, 1, schedule.alpha_bars))
-    again = [ddpm.p_sample(exact, xt, 2, schedule, variance, clip_x0=False) for _ in range(2)]
-    assert not torch.equal(*again)
-
-
-@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
-def test_the_temperature_is_a_factor_of_all_noise(variance):
-    """The network of a Gaussian is affine, and so is the picture as a function of all its noise."""
-    schedule, xT, found = ddpm.make_schedule("linear", 10), torch.randn(50, 2, 1, 1), {}
-    for temperature in (0.0, 0.7, 1.0):
-        torch.manual_seed(1)
-        found[temperature] = ddpm.sample(gaussian_eps(schedule.alpha_bars), xT.shape, schedule,
-                                         variance, False, xT, temperature)
-    assert found[0.0].std(0).max() < 1e-5 < found[1.0].std(0).min()
-    assert_close(found[0.7], 0.3 * found[0.0] + 0.7 * found[1.0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
-@pytest.mark.parametrize("t", [2, 5, 10])
-def test_a_step_has_the_mean_of_eq_11_and_its_variance(variance, t):
-    schedule = ddpm.make_schedule("linear", 10)
+def test_a_step_adds_noise_of_its_variance_to_its_mean_and_the_last_one_none(variance):
+    """Alg. 2, lines 3 and 4, draw for draw."""
+    schedule, xT = ddpm.make_schedule("linear", 10), torch.randn(5, 2, 1, 1)
     exact = gaussian_eps(schedule.alpha_bars)
-    xt = torch.tensor([1.5, -2.0]).view(1, 2, 1, 1).expand(40_000, 2, 1, 1)
-    x = ddpm.p_sample(exact, xt, t, schedule, variance, clip_x0=False)
-    beta, bar = schedule.betas[t], schedule.alpha_bars[t]
-    eps_hat = exact(xt[:1], torch.tensor([t]))
-    mean = (xt[:1] - beta / (1 - bar).sqrt() * eps_hat) / (1 - beta).sqrt()  # Eq. 11
-    sigma2 = beta if variance == "beta" else beta * (1 - schedule.alpha_bars[t - 1]) / (1 - bar)
-    assert_close(x.mean(0, keepdim=True), mean, rtol=0, atol=0.03)
-    assert_close(x.flatten(1).var(0), sigma2.expand(2), rtol=0.04, atol=0)
+    torch.manual_seed(1)
+    states = list(ddpm.reverse_process(exact, xT, schedule, variance, clip_x0=False))
+    torch.manual_seed(1)
+    for (t, xt), (_, x_prev) in zip(states[:-1], states[1:], strict=True):
+        mean, sigma2 = ddpm.p_theta(exact, xt, t, schedule, variance, clip_x0=False)
+        z = torch.randn_like(xt) if t > 1 else torch.zeros_like(xt)
+        assert_close(x_prev, mean + sigma2.sqrt() * z)
+    eps_hat = exact(states[-2][1], torch.ones(5, dtype=torch.int64))
+    x0_hat = ddpm.predict_x0(states[-2][1], eps_hat, 1, schedule.alpha_bars)
+    assert_close(states[-1][1], x0_hat, rtol=1e-4, atol=1e-5)
 
 
 def test_each_variance_is_exact_for_the_data_of_section_3_2():
@@ -483,17 +395,37 @@ def test_only_x0_hat_is_clamped():
         assert_close(x, xt, rtol=0, atol=0)  # the network gets x_t as it is
         return 0.1 * x
 
-    bars = schedule.alpha_bars
-    raw = ddpm.predict_x0(xt, ddpm.predict_eps(network, xt, t, bars), t, bars)
+    raw = ddpm.predict_x0(xt, 0.1 * xt, t, schedule.alpha_bars)
     assert raw.abs().max() > 1
-    clipped = ddpm.predict_eps(network, xt, t, bars, clip_x0=True)  # eps_hat of the clamped x0_hat
-    assert_close(ddpm.predict_x0(xt, clipped, t, bars), raw.clamp(-1, 1), rtol=1e-4, atol=1e-4)
-    torch.manual_seed(1)
-    found = ddpm.p_sample(network, xt, t, schedule, "beta", clip_x0=True)
-    torch.manual_seed(1)
+    found, _ = ddpm.p_theta(network, xt, t, schedule, "beta")  # the clamp is the default
     mean, _ = ddpm.q_posterior(raw.clamp(-1, 1), xt, t, schedule)
-    assert_close(found, mean + schedule.betas[t].sqrt() * torch.randn_like(xt), rtol=1e-4, atol=1e-5)
-    assert ddpm.p_sample(network, xt, t, schedule, "beta").abs().max() > 1  # x_{t-1} is not clamped
+    assert_close(found, mean, rtol=1e-4, atol=1e-4)
+    assert found.abs().max() > 1  # x_{t-1} is not clamped
+    free, _ = ddpm.p_theta(network, xt, t, schedule, "beta", clip_x0=False)
+    assert_close(free, ddpm.q_posterior(raw, xt, t, schedule)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("t", [500, torch.tensor([500, 3, 1000])])
+def test_clip_eps_is_the_noise_behind_the_clamped_x0_hat(t):
+    bars = ddpm.make_schedule("linear", 1000).alpha_bars
+    xt, eps_hat = 2 * torch.randn(3, 1, 2, 3), torch.randn(3, 1, 2, 3)
+    raw = ddpm.predict_x0(xt, eps_hat, t, bars)
+    clipped = ddpm.clip_eps(xt, eps_hat, t, bars)
+    assert_close(ddpm.predict_x0(xt, clipped, t, bars), raw.clamp(-1, 1), rtol=1e-3, atol=1e-3)
+    inside = raw.abs() < 1
+    assert_close(clipped[inside], eps_hat[inside], rtol=1e-3, atol=1e-3)
+    assert (clipped[~inside] != eps_hat[~inside]).all() and (~inside).any()
+
+
+def test_predict_x0_undoes_q_sample_for_a_batch_of_t():
+    """Also where the batch is as large as an image is wide."""
+    bars, t = ddpm.make_schedule("linear", 20).alpha_bars, torch.tensor([0, 1, 9, 14])
+    x0, eps = torch.randn(4, 2, 4, 4), torch.randn(4, 2, 4, 4)
+    xt = ddpm.q_sample(x0, t, eps, bars)
+    assert_close(ddpm.predict_x0(xt, eps, t, bars), x0, rtol=1e-3, atol=1e-3)
+    for i in range(4):
+        one = ddpm.predict_x0(xt[i:i + 1], eps[i:i + 1], int(t[i]), bars)
+        assert_close(one, ddpm.predict_x0(xt, eps, t, bars)[i:i + 1])
 
 
 def test_sampling_asks_the_network_once_at_each_t_from_T_to_1():
@@ -549,15 +481,14 @@ def test_a_state_is_computed_only_when_it_is_asked_for():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("t", [1, 2, 3, 10, 25, 49, 50])
 def test_eq_11_is_the_posterior_mean_at_x0_hat(kind, t):
-    """The step as Alg. 2 writes it, from eps_hat, and the one over x0_hat (Eq. 7) are one."""
-    schedule = ddpm.make_schedule(kind, 50)
-    schedule = ddpm.Schedule(*(a.double() for a in schedule))
-    betas = schedule.betas  # in float64 throughout: the arrays were rounded to float32
-    schedule = ddpm.Schedule(betas, 1 - betas, (1 - betas).cumprod(0))
+    """The mean as Alg. 2 writes it, from eps_hat, and the one over x0_hat (Eq. 7) are one."""
+    betas = ddpm.make_schedule(kind, 50).betas.double()
+    schedule = ddpm.Schedule(betas, 1 - betas, (1 - betas).cumprod(0))  # in float64 throughout
     xt, eps_hat = torch.randn(2, 4, 1, 3, 3).double()
     x0_hat = ddpm.predict_x0(xt, eps_hat, t, schedule.alpha_bars)
     mean, _ = ddpm.q_posterior(x0_hat, xt, t, schedule)
-    assert_close(ddpm.mean_from_eps(xt, eps_hat, t, schedule), mean, rtol=1e-9, atol=1e-9)
+    found, _ = ddpm.p_theta(lambda x, t: eps_hat, xt, t, schedule, clip_x0=False)
+    assert_close(found, mean, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
@@ -705,19 +636,17 @@ def test_compile_compiles_the_network(tmp_path, monkeypatch):
     assert compiled == [model]
 
 
-def test_ema_warms_up_and_copies_buffers():
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
+def test_ema_warms_up():
+    model = nn.Linear(2, 2)
     ema = ddpm.EMA(model, 0.9)
-    expected = model[0].weight.detach().clone()
+    expected = model.weight.detach().clone()
     for n in range(200):
         with torch.no_grad():
-            model[0].weight.copy_(torch.randn(2, 2))
-            model[1].running_mean.fill_(n + 5.0)
+            model.weight.copy_(torch.randn(2, 2))
         ema.update(model, n)
         decay = min(0.9, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * model[0].weight.detach()
-        assert_close(ema.model[0].weight.data, expected)
-        assert_close(ema.model[1].running_mean, model[1].running_mean)
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+        assert_close(ema.model.weight.data, expected)
     assert not ema.model.training and not any(p.requires_grad for p in ema.model.parameters())
 
 
@@ -751,37 +680,3 @@ def test_training_sees_the_training_pictures_mirrored_on_request(flip, tmp_path,
     assert 0.25 < mirrored.float().mean() < 0.75 if flip else as_is.all()
     state = torch.load(run.path("checkpoint.pt"), weights_only=True)
     assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5]
-
-
-# Main
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """A run folder with a checkpoint, made by the smoke preset's six steps."""
-    cfg, run, data = open_run(ddpm, tmp_path_factory.mktemp("ddpm"))
-    ddpm.train(cfg, run, data)
-    return run.folder
-
-
-@pytest.mark.parametrize("argv, expected", [
-    ("", dict(variance="beta_tilde", clip_x0=True, scale=1.1, temperature=0.9)),
-    ("--variance beta --no-clip_x0 --eps_scale 0.9 --temperature 0.8",
-     dict(variance="beta", clip_x0=False, scale=0.9, temperature=0.8))])
-def test_every_sampling_flag_reaches_the_sampler(argv, expected, run_folder, tmp_path, monkeypatch):
-    class Done(Exception):
-        pass
-
-    def spy(model, xT, schedule, variance, clip_x0, temperature):
-        network, scale = asked[0]
-        assert schedule.T == 20 and isinstance(network, ddpm.UNet) and not network.training
-        t = torch.full((len(xT),), 3)
-        assert_close(model(xT, t), scale * network(xT, t))
-        assert dict(variance=variance, clip_x0=clip_x0, scale=scale, temperature=temperature) == expected
-        raise Done
-
-    asked, true = [], ddpm.scaled
-    monkeypatch.setattr(ddpm, "scaled", lambda *given: asked.append(given) or true(*given))
-    monkeypatch.setattr(ddpm, "reverse_process", spy)
-    with pytest.raises(Done):
-        ddpm.main(["--sample", str(run_folder), "--out", str(tmp_path), *argv.split()])
