@@ -1,0 +1,508 @@
+"""Predictors, correctors and the processes made of them, from exact scores."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import score_based_diffusion_example as sb
+
+import numpy as np
+import pytest
+import torch
+from conftest import spied
+from exact_scores import (
+    SDES,
+    Bounded,
+    Correlated,
+    Mixture,
+    every_sde,
+    flow_of_gaussian,
+    gaussian,
+    noise,
+)
+from torch.testing import assert_close
+
+papers_sde = pytest.mark.parametrize("name", ["ve", "vp", "subvp"])
+METHODS = {
+    "em": sb.Config(sampler="em", N=400), "reverse": sb.Config(sampler="reverse", N=300),
+    "ancestral": sb.Config(sampler="ancestral", N=300), "pc": sb.Config(sampler="pc", N=150, snr=0.1),
+    "rk45": sb.Config(sampler="rk45", tolerance=1e-4), "rk4": sb.Config(sampler="rk4", N=400)}
+
+
+def langevin(snr, times=1):
+    """So many corrector steps of one ratio, as sde_process takes them."""
+    return [partial(sb.langevin_step, snr=snr)] * times
+
+
+def walk(step, score, sde, x, steps, **options):
+    """The last two states of a process: with the noise of the last step, and without."""
+    *_, (t, noisy), (zero, mean) = sb.sde_process(step, score, sde, x, steps, **options)
+    assert (t, zero) == (pytest.approx(sde.eps), 0)
+    return noisy, mean
+
+
+# Steps
+
+
+@every_sde
+def test_euler_maruyama_step_is_as_long_as_its_grid_says(name):
+    """Eq. 6 over t - s, whatever the number of steps."""
+    sde, x = SDES[name](), torch.randn(4, 2).double()
+    drift, g = sde.sde(x, torch.full((4,), 0.8).double())
+    for s in (0.75, 0.2):
+        found, std = sb.em_step(lambda x, t: -3 * x, sde, x, 0.8, s)
+        assert_close(found, x - (drift + 3 * g**2 * x) * (0.8 - s), rtol=1e-5, atol=1e-6)
+        assert_close(std, g * (0.8 - s) ** 0.5)
+
+
+def test_steps_are_differences_of_the_grid():
+    """Zero score, zero data: EM from T to eps of a VE SDE adds g^2 dt, reverse diffusion sigma^2."""
+    sde, steps = sb.VESDE(0.1, 10.0), 100
+    zero, x = (lambda x, t: torch.zeros_like(x)), torch.zeros(20000, 1).double()
+    total = 10.0**2 - sde.std(torch.tensor(sde.eps).double()).item() ** 2
+    exact = walk(sb.reverse_diffusion_step, zero, sde, x, steps)[0].var().item()
+    assert exact == pytest.approx(total, rel=0.04)
+    euler = walk(sb.em_step, zero, sde, x, steps)[0].var().item()
+    ts = np.linspace(1, sde.eps, steps + 1)[:-1]
+    g2dt = (0.1**2 * 100 ** (2 * ts) * 2 * math.log(100) * (1 - sde.eps) / steps).sum()
+    assert euler == pytest.approx(g2dt, rel=0.04) and g2dt > 1.03 * total
+
+
+def test_ancestral_is_ddpm_with_sigma_beta():
+    """Eq. 4 draw for draw: the VP step with beta = the step's 1 - alpha is DDPM's Alg. 2, line 4."""
+    sde, t, s = sb.VPSDE(), 0.6, 0.55
+    data, x = gaussian(sde), noise(sde, 8)
+    a, beta = sde.transition(s, t)
+    found, std = sb.ancestral_step(data, sde, x, t, s)
+    tt = torch.full((8,), t).double()
+    alpha_bar = sde.m(tt[:1]) ** 2
+    eps_hat = -data(x, tt) * (1 - alpha_bar).sqrt()
+    mean = (x - beta / (1 - alpha_bar).sqrt() * eps_hat) / math.sqrt(1 - beta)
+    assert a == pytest.approx(math.sqrt(1 - beta))
+    assert_close(found, mean)
+    assert std == pytest.approx(math.sqrt(beta))
+
+
+def test_ve_ancestral_is_the_posterior_of_smld():
+    """With the exact score of a single point x_0 the step's mean and variance are q(x_s | x_t, x_0)'s."""
+    sde, t, s = sb.VESDE(), 0.6, 0.5
+    x0, x = 0.3, torch.full((4, 1), 2.0).double()
+    sigma_t, sigma_s = (sde.std(torch.tensor(u).double()).item() for u in (t, s))
+    score = lambda x, tt: -(x - x0) / sigma_t**2  # noqa: E731
+    found, std = sb.ancestral_step(score, sde, x, t, s)
+    fraction = sigma_s**2 / sigma_t**2
+    assert_close(found, torch.full_like(x, x0 + fraction * (2.0 - x0)), rtol=1e-5, atol=0)
+    assert std == pytest.approx(sigma_s * math.sqrt(1 - fraction))
+
+
+def test_sub_vp_has_no_ancestral_step():
+    sde = sb.SubVPSDE()
+    with pytest.raises(ValueError, match="VESDE and VPSDE"):
+        sb.ancestral_step(gaussian(sde), sde, noise(sde, 2), 0.5, 0.4)
+
+
+@every_sde
+def test_the_flow_predictor_is_an_euler_step_of_eq_13_in_the_limit(name):
+    sde, x = SDES[name](), noise(SDES[name](), 5)
+    score = gaussian(sde)
+    for t in (0.9, 0.4):
+        mean, std = sb.flow_step(score, sde, x, t, t - 1e-6)
+        assert std == 0
+        assert_close((mean - x) / -1e-6, sb.flow_drift(score, sde, x, t), rtol=1e-3, atol=1e-4)
+
+
+def test_the_flow_predictor_is_eq_43_and_44():
+    x, score = torch.randn(4, 2).double(), lambda x, t: -0.3 * x
+    ve, vp = sb.VESDE(), sb.VPSDE()
+    s, t = (torch.tensor([u], dtype=torch.float64) for u in (0.5, 0.6))
+    mean, _ = sb.flow_step(score, ve, x, 0.6, 0.5)
+    assert_close(mean, x + 0.5 * (ve.std(t) ** 2 - ve.std(s) ** 2) * -0.3 * x)
+    beta = 1 - (vp.m(t) / vp.m(s)) ** 2
+    mean, _ = sb.flow_step(score, vp, x, 0.6, 0.5)
+    assert_close(mean, (2 - (1 - beta).sqrt()) * x + 0.5 * beta * -0.3 * x)
+
+
+@every_sde
+def test_the_flow_predictor_follows_the_flow_at_first_order(name):
+    """Twice the steps, half the error, and the way is that of the exact flow."""
+    sde = SDES[name]()
+    data, x = gaussian(sde), noise(sde, 50)
+    exact = flow_of_gaussian(sde, data, x, sde.T, sde.eps)
+    errors = [(walk(sb.flow_step, data, sde, x, steps)[0] - exact).abs().mean().item()
+              for steps in (200, 400)]
+    assert errors[1] < 0.1 and errors[0] / errors[1] == pytest.approx(2, rel=0.2)
+
+
+def test_no_predictor_leaves_x_to_the_corrector_and_ends_with_tweedie():
+    sde, x = sb.VPSDE(), noise(sb.VPSDE(), 5)
+    score = gaussian(sde)
+    mean, std = sb.identity_step(score, sde, x, 0.4, 0.3)
+    assert mean is x and std == 0
+    mean, std = sb.identity_step(score, sde, x, 0.01, sde.eps)
+    assert_close(mean, sb.tweedie(score, sde, x, 0.01), rtol=0, atol=0)
+
+
+@every_sde
+def test_tweedie_is_the_posterior_mean(name):
+    sde = SDES[name]()
+    data = gaussian(sde, mean=(0.4, -0.3), std=0.5)
+    x, t = torch.randn(9, 2).double(), torch.tensor([0.4]).double()
+    m, std = sde.m(t), sde.std(t)
+    gain = m * 0.25 / (m**2 * 0.25 + std**2)
+    assert_close(sb.tweedie(data, sde, x, 0.4), data.mu + gain * (x - m * data.mu))
+
+
+# The corrector
+
+
+def test_langevin_step_size():
+    """Alg. 4, 5: epsilon = 2 alpha (r |z| / |g|)^2 with norms averaged over the batch."""
+    x, g = torch.randn(5, 7).double(), torch.randn(5, 7).double()
+    torch.manual_seed(4)
+    found = sb.langevin_step(lambda x, t: g, x, 0.5, alpha=0.9, snr=0.2)
+    torch.manual_seed(4)
+    z = torch.randn_like(x)
+    epsilon = 2 * 0.9 * (0.2 * z.norm(dim=1).mean() / g.norm(dim=1).mean()) ** 2
+    assert_close(found, x + epsilon * g + (2 * epsilon) ** 0.5 * z)
+
+
+def test_alpha_of_the_corrector_is_that_of_the_step():
+    """Alg. 5: alpha_i = 1 - beta_i = exp(-integral of beta over the step); Alg. 4 has none."""
+    seen, x = [], torch.zeros(2, 2).double()
+    correctors = [lambda score, x, t, alpha: seen.append(float(alpha)) or x]
+    score = lambda x, t: -x  # noqa: E731
+    walk(sb.reverse_diffusion_step, score, sb.VESDE(), x, 3, correctors=correctors)
+    assert seen == [1, 1, 1]
+    seen.clear()
+    sde = sb.VPSDE(beta_min=0.1, beta_max=20)
+    walk(sb.reverse_diffusion_step, score, sde, x, 1000, correctors=correctors)
+    ts = torch.linspace(1, sde.eps, 1001).double()
+    B = 0.1 * ts + 9.95 * ts**2
+    assert_close(torch.tensor(seen).double(), (B[1:] - B[:-1]).exp(), rtol=1e-6, atol=0)
+    assert seen[0] == pytest.approx(1 - 20 / 1000, abs=5e-4)
+
+
+@pytest.mark.parametrize("snr", [0.5, 0.15])
+def test_corrector_bias_on_a_unit_gaussian(snr):
+    """Unadjusted Langevin ends at variance 1 / (1 - epsilon / 2); with this rule's epsilon, 1 + r^2."""
+    x = torch.randn(64, 1000).double()
+    seen = []
+    for i in range(120):
+        x = sb.langevin_step(lambda x, t: -x, x, 0.5, alpha=1.0, snr=snr)
+        if i >= 80:
+            seen.append(x.var().item())
+    variance = sum(seen) / len(seen)
+    epsilon = 2 * snr**2 / variance
+    assert variance == pytest.approx(1 / (1 - epsilon / 2), abs=0.01)
+    assert variance - 1 == pytest.approx(snr**2, abs=0.01)
+
+
+def test_the_corrector_alone_draws_what_its_score_says():
+    sde = sb.VPSDE()
+    _, x = walk(sb.identity_step, gaussian(sde), sde, noise(sde), 200, correctors=langevin(0.2, 4))
+    assert_close(x.mean(0), torch.tensor([0.4, -0.3]).double(), rtol=0, atol=0.06)
+    assert x.std(0).sub(0.5).abs().max() < 0.06
+
+
+# sde_process
+
+
+@every_sde
+def test_the_process_walks_from_T_down_to_eps_and_ends_with_a_mean(name):
+    """Mean and noise at every step; the last mean alone is x_0."""
+    sde = SDES[name]()
+    data, x = gaussian(sde), noise(sde, 3)
+    torch.manual_seed(5)
+    ts, states = zip(*sb.sde_process(sb.em_step, data, sde, x, 7), strict=True)
+    grid = np.linspace(sde.T, sde.eps, 8).tolist()
+    assert list(ts) == pytest.approx([*grid, 0.0])
+    assert torch.equal(states[0], x)
+    torch.manual_seed(5)
+    for i in range(7):
+        mean, std = sb.em_step(data, sde, states[i], grid[i], grid[i + 1])
+        assert_close(states[i + 1], mean + std * torch.randn_like(x))
+    assert_close(states[8], mean)
+
+
+def test_correctors_come_first_each_in_its_turn():
+    sde = sb.VPSDE()
+    data, x, order = gaussian(sde), noise(sde, 4), []
+
+    def corrector(word):
+        return lambda score, x, t, alpha: order.append((word, t)) or x
+
+    def predictor(score, sde, x, t, s):
+        order.append(("predictor", t))
+        return x, 0.0
+
+    walk(predictor, data, sde, x, 3, correctors=[corrector("first"), corrector("second")])
+    ts = np.linspace(1, sde.eps, 4)[:3].tolist()
+    assert order == [(word, t) for t in ts for word in ("first", "second", "predictor")]
+
+
+@every_sde
+def test_few_steps_leave_no_speckle(name):
+    """Data that is one point: what 40 steps end with is as sharp as the step's mean can be."""
+    sde = SDES[name]()
+    data, x = gaussian(sde, mean=(0.4, -0.3), std=1e-3), noise(sde, 500)
+    for correctors in ((), langevin(0.16)):
+        noisy, clean = walk(sb.reverse_diffusion_step, data, sde, x, 40, correctors=correctors)
+        assert clean.std(0).max() < 0.9 * noisy.std(0).min()
+
+
+@pytest.mark.slow
+@papers_sde
+def test_sde_and_ode_share_marginals_along_the_way(name):
+    """At t = 0.5 the variance of the ODE's and of the reverse SDE's states is that of p_t."""
+    sde = SDES[name]()
+    data, x = gaussian(sde), noise(sde, 4000)
+    t, kept = min(sb.sde_process(sb.reverse_diffusion_step, data, sde, x, 400),
+                  key=lambda state: abs(state[0] - 0.5))
+    assert abs(t - 0.5) < 2e-3
+    along = sb.final(sb.ode_process(data, sde, x, 1.0, t, 50))
+    expected = (sde.m(torch.tensor(t).double()) ** 2 * 0.25 + sde.std(torch.tensor(t).double()) ** 2).sqrt()
+    for states in (kept, along):
+        assert (states.std(0) / expected).tolist() == pytest.approx([1, 1], rel=0.04)
+
+
+# The route from --sampler to the algorithm
+
+
+@pytest.mark.slow
+@papers_sde
+@pytest.mark.parametrize("sampler", METHODS)
+def test_every_sampler_with_every_sde(name, sampler):
+    """Mean, covariance and mode weights of a mixture."""
+    sde = SDES[name]()
+    data = Mixture(sde)
+    if sampler == "ancestral" and not sde.has_ancestral:
+        return
+    x = sb.final(sb.sampling_process(METHODS[sampler], data, sde, noise(sde)))
+    mean, cov = data.moments()
+    assert_close(x.mean(0), mean, rtol=0, atol=0.07)
+    assert_close(torch.cov(x.T), cov, rtol=0, atol=0.09)
+    nearest = torch.cdist(x, data.mu).argmin(1)
+    assert_close(torch.bincount(nearest, minlength=3) / len(x), data.w.float(), rtol=0, atol=0.035)
+    for k in range(3):
+        within = x[nearest == k]
+        assert within.std(0).mean().item() == pytest.approx(data.s[k].item(), rel=0.12)
+
+
+SMALL = sb.Config(N=12, snr=0.123, corrector_steps=3, tolerance=0.02)
+PARTS = {
+    "em": {"em_step": 12}, "reverse": {"reverse_diffusion_step": 12}, "ancestral": {"ancestral_step": 12},
+    "pc": {"reverse_diffusion_step": 12, "langevin_step": 36}, "rk4": {"rk4_step": 3}, "rk45": {"solve": 1}}
+
+
+def watched(monkeypatch):
+    """{name: arguments of each call} of the functions that a sampler may use."""
+    used = {}
+    names = ("em_step", "reverse_diffusion_step", "flow_step", "ancestral_step", "identity_step",
+             "langevin_step", "rk4_step", "solve", "tweedie")
+    before = dict(sb.PREDICTORS)
+    for name in names:
+        spied(monkeypatch, sb, name, lambda given, _, name=name: used.setdefault(name, []).append(dict(given)))
+    steps = (sb.em_step, sb.reverse_diffusion_step, sb.flow_step, sb.ancestral_step, sb.identity_step)
+    words = ("em", "reverse", "flow", "ancestral", "none")
+    assert [before[word].__name__ for word in words] == list(names[:5])
+    monkeypatch.setattr(sb, "PREDICTORS", dict(zip(words, steps, strict=True)))  # those that are watched
+    return used
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+@pytest.mark.parametrize("sampler", PARTS)
+def test_the_process_is_that_of_the_sampler_that_the_config_names(sampler, denoise, monkeypatch):
+    """With its N, snr, corrector_steps, tolerance and denoise; from T to eps, then 0."""
+    sde, used = sb.VPSDE(), watched(monkeypatch)
+    cfg = replace(SMALL, sampler=sampler, denoise=denoise)
+    states = list(sb.sampling_process(cfg, gaussian(sde), sde, noise(sde, 3)))
+    ode = sampler.startswith("rk")  # which stops at x_eps; the others end with a mean
+    wanted = PARTS[sampler] | ({"tweedie": 1} if denoise and ode else {})
+    assert {name: len(calls) for name, calls in used.items()} == wanted
+    assert all(call["snr"] == 0.123 for call in used.get("langevin_step", ()))
+    assert all(call["tolerance"] == 0.02 for call in used.get("solve", ()))
+    ts = [t for t, _ in states]
+    assert ts[0] == sde.T and ts == sorted(ts, reverse=True) and ts[-1 - denoise] == sde.eps
+    if denoise and ode:
+        assert_close(states[-1][1], sb.tweedie(gaussian(sde), sde, states[-2][1], sde.eps))
+    assert (ts[-1] == 0) == denoise
+
+
+@pytest.mark.parametrize("predictor, step, corrector_steps", [
+    ("reverse", "reverse_diffusion_step", 0), ("ancestral", "ancestral_step", 1), ("flow", "flow_step", 2),
+    ("none", "identity_step", 3)])
+def test_pc_takes_its_predictor_and_corrector_steps(predictor, step, corrector_steps, monkeypatch):
+    sde, used = sb.VPSDE(), watched(monkeypatch)
+    cfg = sb.Config(sampler="pc", predictor=predictor, corrector_steps=corrector_steps, N=5)
+    list(sb.sampling_process(cfg, gaussian(sde), sde, noise(sde, 3)))
+    assert len(used[step]) == 5 and len(used.get("langevin_step", ())) == 5 * corrector_steps
+
+
+def test_sampling_needs_no_gradient():
+    sde = sb.VPSDE()
+    weight = torch.nn.Parameter(torch.ones(1).double())
+    for sampler in PARTS:
+        cfg = replace(SMALL, sampler=sampler)
+        for _, x in sb.sampling_process(cfg, lambda x, t: -weight * x, sde, noise(sde, 2)):
+            assert not x.requires_grad
+
+
+@pytest.mark.parametrize("name", ["vp", "subvp"])
+def test_the_methods_are_those_of_table_1_at_the_same_cost(name):
+    cfg = sb.Config(sde=name)
+    sde = sb.make_sde(cfg)
+    methods = sb.make_methods(cfg, sde, calls=40)
+    found = {key: (its.sampler, its.predictor, its.corrector_steps) for key, its in methods.items()}
+    wanted = {"Euler–Maruyama": ("em", "reverse", 1),
+              "reverse diffusion": ("pc", "reverse", 0), "ancestral": ("pc", "ancestral", 0),
+              "probability flow": ("pc", "flow", 0), "reverse diffusion, corrector": ("pc", "reverse", 1),
+              "ancestral, corrector": ("pc", "ancestral", 1),
+              "probability flow, corrector": ("pc", "flow", 1),
+              "corrector alone": ("pc", "none", 1), "ODE, RK45": ("rk45", "reverse", 1),
+              "ODE, RK4": ("rk4", "reverse", 1)}
+    if name == "subvp":
+        wanted = {key: value for key, value in wanted.items() if "ancestral" not in key}
+    assert found == wanted
+    for key, method in methods.items():
+        if method.sampler != "rk45":
+            score = Bounded(gaussian(sde))
+            sb.final(sb.sampling_process(method, score, sde, noise(sde, 3)))
+            assert score.calls == 40 + (key in ("corrector alone", "ODE, RK4")), key  # Tweedie's
+
+
+# Controllable generation
+
+
+@every_sde
+@pytest.mark.parametrize("corrector_steps", [0, 2])
+def test_every_state_is_constrained_at_its_own_t(name, corrector_steps):
+    """The start at T, each corrector step at t, each predictor step at s, the mean at 0."""
+    sde, asked = SDES[name](), []
+    x = noise(sde, 3)
+
+    def constrain(x, t):
+        asked.append(t)
+        return x + 1
+
+    states = list(sb.sde_process(sb.em_step, lambda x, t: -x, sde, x, 3,
+                                 langevin(1e-4, corrector_steps), constrain))
+    grid = np.linspace(sde.T, sde.eps, 4).tolist()
+    wanted = [sde.T]
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        wanted += [t] * corrector_steps + [s]
+    assert asked == pytest.approx([*wanted, 0.0])
+    assert_close(states[0][1], x + 1)
+
+
+@every_sde
+def test_imputation_noises_what_is_known_as_the_sde_does(name):
+    sde = SDES[name]()
+    known, x = torch.full((4000, 2), 0.7).double(), noise(sde)
+    constrain = sb.imputation(sde, known, torch.tensor([True, False]))
+    for t in (0.3, 1.0):
+        found, (mean, std) = constrain(x, t), sde.marginal(known, torch.full((4000,), t).double())
+        assert_close(found[:, 1], x[:, 1], rtol=0, atol=0)
+        assert found[:, 0].mean().item() == pytest.approx(mean[0, 0].item(), abs=4 * std[0].item() / 63)
+        assert found[:, 0].std().item() == pytest.approx(std[0].item(), rel=0.05)
+    assert_close(constrain(x, 0.0)[:, 0], known[:, 0], rtol=0, atol=0)  # VE: sigma(0) is not 0
+
+
+def test_a_basis_turns_the_channels_that_are_known():
+    """Rows (1, 1) / sqrt(2) and (1, -1) / sqrt(2): the mean of two channels is known, their difference not."""
+    basis = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double() / 2**0.5
+    known, x = torch.randn(5, 2, 3).double(), torch.randn(5, 2, 3).double()
+    mask = torch.tensor([[True], [False]])
+    found = sb.imputation(sb.VPSDE(), known, mask, basis)(x, 0.0)
+    assert_close(found.mean(1), known.mean(1))
+    assert_close(found[:, 0] - found[:, 1], x[:, 0] - x[:, 1])
+
+
+def complete(score, sde, known, mask, steps, step=sb.reverse_diffusion_step, correctors=()):
+    """x_0 beside what is known of it, from the noise of every test."""
+    return walk(step, score, sde, noise(sde, *known.shape), steps, correctors=correctors,
+                constrain=sb.imputation(sde, known, torch.tensor(mask)))[1]
+
+
+@every_sde
+@pytest.mark.parametrize("predictor", ["em_step", "reverse_diffusion_step"])
+def test_completions_follow_the_recursion_of_a_joint_gaussian(name, predictor):
+    """Every step is linear: mean and variance of the unknown in closed form, step by step.
+
+    The exact conditional is N(0.44, 0.09): what the predictor alone misses of it stands at the end.
+    """
+    sde, steps, k = SDES[name](), 100, 0.875
+    data = Correlated(sde, [0.2, -0.1], [[0.25, 0.2], [0.2, 0.25]])
+    step = getattr(sb, predictor)
+    found = complete(data, sde, torch.tensor([k, 0.0]).double().expand(10_000, 2), [True, False], steps, step)
+    assert (found[:, 0] == k).all()
+
+    mean, variance = 0.0, sde.prior_std**2
+    grid = np.linspace(sde.T, sde.eps, steps + 1).tolist()
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        m, std = (f(torch.tensor([t]).double()).item() for f in (sde.m, sde.std))
+        corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).double()
+        (at_0, at_k, at_u), noise_std = step(data, sde, corners, t, s)
+        of_k, of_u = (at_k - at_0)[1].item(), (at_u - at_0)[1].item()
+        mean = at_0[1].item() + of_k * m * k + of_u * mean
+        variance = of_k**2 * std**2 + of_u**2 * variance
+        if s > grid[-1]:  # the last step returns its mean
+            noise_std = noise_std[0].item() if torch.is_tensor(noise_std) else noise_std
+            variance += noise_std**2
+    assert found[:, 1].mean().item() == pytest.approx(mean, abs=4 * (variance / 10_000) ** 0.5)
+    assert found[:, 1].var().item() == pytest.approx(variance, rel=0.07)
+    exact, exact_variance = -0.1 + 0.8 * (k - 0.2), 0.25 - 0.2**2 / 0.25
+    assert 0.15 < exact - mean < 0.25 and 1.2 < variance / exact_variance < 1.8
+
+
+@pytest.mark.slow
+@papers_sde
+def test_the_corrector_brings_completions_to_the_exact_conditional(name):
+    """It lets the unknown hear of the known again and again at the same t."""
+    sde = SDES[name]()
+    data = Correlated(sde, [0.2, -0.1], [[0.25, 0.2], [0.2, 0.25]])
+    known = torch.tensor([0.875, 0.0]).double().expand(4000, 2)
+    found = complete(data, sde, known, [True, False], 200, correctors=langevin(0.16, 5))[:, 1]
+    assert found.mean().item() == pytest.approx(0.44, abs=0.05)
+    assert found.var().item() == pytest.approx(0.09, rel=0.15)
+
+
+@pytest.mark.parametrize("step, corrector_steps", [
+    (sb.em_step, 0), (sb.reverse_diffusion_step, 0), (sb.reverse_diffusion_step, 1), (sb.ancestral_step, 0)])
+@papers_sde
+def test_independent_dimensions_are_completed_as_they_are_drawn(name, step, corrector_steps):
+    """Then the method is exact; by every stochastic sampler of the SDE."""
+    sde = SDES[name]()
+    if step is sb.ancestral_step and not sde.has_ancestral:
+        return
+    known = torch.tensor([0.875, 0.0]).double().expand(4000, 2)
+    found = complete(gaussian(sde), sde, known, [True, False], 300, step, langevin(0.1, corrector_steps))
+    assert (found[:, 0] == 0.875).all()
+    assert found[:, 1].mean().item() == pytest.approx(-0.3, abs=0.04)
+    assert found[:, 1].std().item() == pytest.approx(0.5, rel=0.06)
+
+
+@every_sde
+def test_a_classifier_makes_the_score_that_of_its_class(name):
+    """Bayes: with the exact p_t(y | x) of a mixture, component by component and point by point."""
+    sde = SDES[name]()
+    data, x = Mixture(sde), torch.randn(7, 2).double()
+    y, t = torch.arange(7) % 3, torch.full((7,), 0.4).double()
+    guided = sb.conditional_score(data, lambda x, t: data.terms(x, t)[2], y)
+    found = guided(x, t)
+    for k in range(3):
+        component = Mixture(sde, (1.0,), (data.mu[k].tolist(),), (data.s[k].item(),))
+        assert_close(found[y == k], component(x[y == k], t[y == k]), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["pc", "rk45"])
+def test_samplers_draw_by_class(sampler):
+    """With gradients off, as in sampling: the classifier's gradient is taken all the same."""
+    sde = sb.VPSDE()
+    data, y = Mixture(sde), torch.arange(1500) % 3
+    guided = sb.conditional_score(data, lambda x, t: data.terms(x, t)[2], y)
+    found = sb.final(sb.sampling_process(METHODS[sampler], guided, sde, noise(sde, 1500)))
+    for k in range(3):
+        part = found[y == k]
+        assert (part.mean(0) - data.mu[k]).abs().max() < 0.06
+        assert part.std(0).mean().item() == pytest.approx(data.s[k].item(), rel=0.12)
