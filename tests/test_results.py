@@ -1,4 +1,4 @@
-"""The scripts of results/ that make pictures of several runs or of one training."""
+"""The scripts of experiments/ that make pictures of several runs or of one training."""
 
 import json
 import sys
@@ -7,14 +7,14 @@ from dataclasses import replace
 import ddim_example as ddim
 import score_based_diffusion_example as score_based
 from common.data import load_images, load_points
-from common.run import new_run
+from common.run import Run, new_run
 
 import pytest
 import torch
 from conftest import ROOT, open_picture, open_run, spied
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "results"))
+sys.path.insert(0, str(ROOT / "experiments"))
 import failures  # noqa: E402
 import gallery  # noqa: E402
 import guidance  # noqa: E402
@@ -29,11 +29,10 @@ import unique_codes  # noqa: E402
 def test_training_looks_at_both_networks_on_the_way(tmp_path, monkeypatch):
     looked, drawn = [], []
     spied(monkeypatch, training, "look", lambda given, out: looked.append((given["model"], out, given["xT"])))
-    how = []
-    spied(monkeypatch, training.ddim, "ddim_sample", lambda given, _: how.append((given["temperature"], given["S"])))
-    spied(monkeypatch, training.ddim, "scaled", lambda given, _: how.append(given["scale"]))
+    asked = []
+    spied(monkeypatch, training.ddim, "ddim_sample", lambda given, _: asked.append(given))
     spied(monkeypatch, training.plotting, "table", lambda given, _: drawn.append(given))
-    training.main(n=9, at=(2, 4), folder=tmp_path, out=tmp_path / "runs", device="cpu")
+    training.main(n=9, moments=(2, 4), folder=tmp_path, out=tmp_path / "runs", device="cpu")
     (ema, first, xT), (model, raw, again), (_, last, _), _ = looked
     assert not ema.training and not any(p.requires_grad for p in ema.parameters())
     assert model.training and all(p.requires_grad for p in model.parameters())  # it trains on
@@ -43,7 +42,9 @@ def test_training_looks_at_both_networks_on_the_way(tmp_path, monkeypatch):
     assert [label.split("\n")[0] for label in labels] == [
         "2 steps, averaged", "2 steps, last weights", "4 steps, averaged", "4 steps, last weights"]
     assert torch.equal(rows[0], first[0]) and torch.equal(rows[1], raw[0])
-    assert set(how) == {(0.9, 20), 1.1}  # as the script draws
+    assert {given["S"] for given in asked} == {20} and len(asked) == 4
+    t = torch.full((9,), 5)  # drawn from as the page does
+    assert torch.equal(asked[-2]["model"](xT, t), 1.1 * ema(xT, t))
     open_picture(tmp_path / "training.png")
     found = json.loads((tmp_path / "training.json").read_text())
     assert found["n"] == 9
@@ -57,9 +58,9 @@ def test_training_trains_as_the_script_does(tmp_path, monkeypatch):
     cfg = replace(ddim.PRESETS["smoke"], weight_decay=0.3, flip=True, steps=4)
     monkeypatch.setattr(ddim, "Config", lambda steps: replace(cfg, steps=steps))
     monkeypatch.setattr(training, "look", lambda model, cfg, data, schedule, xT: (xT[:1], 0.5))
-    found = training.main(n=2, at=(2, 4), folder=tmp_path, out=tmp_path / "runs", device="cpu")
+    found = training.main(n=2, moments=(2, 4), folder=tmp_path, out=tmp_path / "runs", device="cpu")
     run = new_run("ddim", cfg, out=tmp_path / "runs", device="cpu")
-    data = run.load(load_images(cfg.dataset))
+    data = run.load(load_images, cfg.dataset)
     torch.randn(2, *data.shape)  # the noises that are looked at
     wanted = ddim.train(cfg, run, data)
     for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
@@ -80,7 +81,7 @@ def test_the_race_trains_for_its_budget_and_scores_both_samplers(tmp_path, monke
     spied(monkeypatch, race.ddpm, "sample", lambda given, _: drawn.append(("T", given)))
     spied(monkeypatch, race.ddim, "ddim_sample", lambda given, _: drawn.append(("25", given)))
     argv = ["--minutes", "2", "1", "--n", "120", "--preset", "smoke", "--device", "cpu", "--drawing", "uniform",
-            "--T", "30", "--variance", "beta", "--temperature", "0.6", "--eps_scale", "1.2"]
+            "--T", "30", "--variance", "beta", "--eps_scale", "1.2"]
     rows = race.main(argv, folder=tmp_path)
     assert [cfg.steps for cfg in trained] == [1, 201, 114, 1, 201, 234]
     assert all(cfg.drawing == "uniform" and cfg.channels == 8 for cfg in trained)
@@ -91,14 +92,14 @@ def test_the_race_trains_for_its_budget_and_scores_both_samplers(tmp_path, monke
     assert [len(given["xT"]) for given in of_T] == [100, 20] * 2
     for a, b in zip(of_T, of_25, strict=True):
         assert torch.equal(a["xT"], b["xT"]) and a["variance"] == "beta" and (b["S"], b["eta"]) == (25, 0.0)
-        assert a["schedule"].T == b["schedule"].T == 30 and a["temperature"] == b["temperature"] == 0.6
+        assert a["schedule"].T == b["schedule"].T == 30
         assert a["model"](a["xT"], 1).max() == b["model"](a["xT"], 1).max() == pytest.approx(0.6)
     kept = json.loads((tmp_path / "race.json").read_text())
     assert kept["rows"] == json.loads(json.dumps(rows)) and "--drawing" in kept["flags"]
     open_picture(tmp_path / "race.png")
     assert capsys.readouterr().out.count("CPU minutes, 234 steps") == 2
     (tmp_path / "race.json").unlink()
-    race.main([*argv, "--no_keep"], folder=tmp_path)
+    race.main([*argv[:2], *argv[3:], "--no_keep"], folder=tmp_path)
     assert not (tmp_path / "race.json").exists()
 
 
@@ -161,27 +162,42 @@ def test_unique_codes_are_of_two_networks_and_the_same_points(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_failures_are_each_made_by_one_mistake(tmp_path, monkeypatch):
-    trained, drawn = [], []
+    trained, drawn, loaded = [], [], []
 
     def train(cfg, run, data):
         trained.append((cfg, data, failures.ddim.EMA))
         return lambda x, t: torch.full_like(x, 0.1)
 
     monkeypatch.setattr(failures.ddim, "train", train)
+    monkeypatch.setattr(Run, "trained", lambda run, model: loaded.append(model) or (
+        lambda x, t: 0.5 * x + 0.001 * t.view(-1, 1, 1, 1)))  # fast, and it minds x and t
     spied(monkeypatch, failures.ddim, "ddim_process", lambda given, _: drawn.append(given))
-    parts = failures.main(steps=12, columns=3, file=tmp_path / "broken.png", out=tmp_path, device="cpu")
-    assert len(parts) == 14 and all(x.shape == (3, 1, 28, 28) for x in parts.values())
-    good = parts["as it should be"]
-    assert all(not torch.equal(good, x) for name, x in parts.items() if x is not good)
-    (grey, _, _), (late, _, average), (short, _, _), (few, small, _) = [t for t in trained]
+    rows = failures.main(steps=12, columns=3, file=tmp_path / "broken.png", out=tmp_path, device="cpu")
+    assert len(loaded) == 1 and len(rows) == 14 and all(x.shape == (3, 1, 28, 28) for x in rows.values())
+    good = rows["as it should be"]
+    assert all(not torch.equal(good, x) for name, x in rows.items() if x is not good)
+    (grey, _, _), (late, _, average), (short, _, _), (few, small, _) = trained
     assert trained[0][1].train.min() == 0 and trained[0][1].train.max() == 1
     assert late.ema == 0.9999 and average is failures.FixedDecay and failures.ddim.EMA is not failures.FixedDecay
     assert [grey.steps, late.steps, short.steps, few.steps] == [12, 12, 2, 24] and len(small.train) == 20
-    nearest = parts["the nearest\nof the 20"]
+    nearest = rows["the nearest\nof the 20"]
     assert all(any(torch.equal(x, y) for y in small.train) for x in nearest)
-    assert [given["temperature"] for given in drawn][:9] == [0.9, 0.9, 1.0, 0.9, 0.9, 0.9, 0.9, 0.9, 0.5]
-    assert [given["S"] for given in drawn][:9] == [50, 50, 10, 50, 50, 50, 1000, 50, 50]
+    assert [given["S"] for given in drawn][:8] == [50, 50, 50, 50, 50, 1000, 50, 50]
+    assert [given["eta"] for given in drawn][:8] == [1, 1, 1, 1, 1, 1, 0, 1]
+    assert torch.equal(drawn[7]["xT"], drawn[0]["xT"] / 2)
     open_picture(tmp_path / "broken.png")
+
+
+@pytest.mark.parametrize("step, wanted", [
+    ("right_step", lambda mean, noise: mean + noise), ("quiet_step", lambda mean, noise: mean),
+    ("halved_step", lambda mean, noise: mean + noise / 2),
+    ("clamped_step", lambda mean, noise: (mean + noise).clamp(-1, 1))])
+def test_each_broken_step_is_broken_in_one_way(step, wanted):
+    bars, (x, eps, z) = ddim.make_schedule("linear", 100).alpha_bars, torch.randn(3, 5, 1, 1, 1)
+    mean = ddim.ddim_step(x, eps, 80, 60, bars, 1.0)
+    noise = ddim.ddim_step(x, eps, 80, 60, bars, 1.0, z) - mean
+    found = getattr(failures, step)(x, eps, 80, 60, bars, 1.0, z)
+    torch.testing.assert_close(found, wanted(mean, noise))
 
 
 def test_an_average_with_a_fixed_decay_stays_where_it_began():
@@ -205,11 +221,13 @@ def test_how_many_trains_on_so_many_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(how_many.ddim, "train", train)
     drawn = []
     spied(monkeypatch, how_many.ddim, "ddim_sample", lambda given, _: drawn.append(given))
-    rows = how_many.main((5, 30), n=120, folder=tmp_path, changes={"T": 30, "steps": 7}, out=tmp_path, device="cpu")
+    rows = how_many.main((5, 30), n=120, folder=tmp_path, cfg=ddim.Config(T=30, steps=7), out=tmp_path,
+                         device="cpu")
     assert [len(data.train) for _, data in trained] == [5, 30] and len(trained[0][1].test) == 500
     assert torch.equal(trained[0][1].train, trained[1][1].train[:5])
     assert [len(given["xT"]) for given in drawn] == [100, 20] * 2
-    assert drawn[0]["S"] == 30 and drawn[0]["eta"] == 1.0 and drawn[0]["temperature"] == 0.9
+    assert drawn[0]["S"] == 30 and drawn[0]["eta"] == 1.0
+    assert drawn[0]["model"](drawn[0]["xT"], 3).unique().item() == pytest.approx(0.55)
     assert json.loads((tmp_path / "how_many.json").read_text()) == json.loads(json.dumps(rows))
     for row, count in zip(rows, (5, 30), strict=True):
         assert row["pictures"] == count and row["n"] == 120 and row["steps"] == 7
