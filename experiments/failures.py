@@ -18,7 +18,7 @@ sys.path.append(str(ROOT))
 import ddim_example as ddim  # noqa: E402
 from common import plotting, quality  # noqa: E402
 from common.data import load_images  # noqa: E402
-from common.run import new_run  # noqa: E402
+from common.run import new_run, open_run  # noqa: E402
 
 right_step = ddim.ddim_step
 
@@ -96,14 +96,16 @@ def training_mistakes(data, xT, cfg, schedule, train):
 def main(steps=1200, columns=10, file=ROOT / "docs/failures.png", out=None,
          device=None):
     """Draw the figure and return its rows. steps: how long most networks train."""
-    run = new_run("ddpm", ddim.Config(), sample=ROOT / "pretrained/ddpm.pt", out=out,
-                  device=device)
-    data = run.load(load_images, run.cfg.dataset)
-    schedule = ddim.make_schedule(
-        run.cfg.schedule, run.cfg.T, run.cfg.beta_1, run.cfg.beta_T).to(run.device)
-    model = run.trained(ddim.make_unet(run.cfg, data.shape))
+    settings = {"sample": ROOT / "pretrained/ddpm.pt", "out": out, "device": device}
+    argv = [f"--{name}={value}" for name, value in settings.items() if value]
+    cfg, run = open_run("ddim", ddim.Config, ddim.PRESETS, ddim.SAMPLING, argv,
+                        reads=("ddpm",))
+    data = run.load(load_images, cfg.dataset, cfg.image_size)
+    schedule = ddim.make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T)
+    schedule = schedule.to(run.device)
+    model = run.trained(ddim.make_unet(cfg, data.shape))
     xT = torch.randn(columns, *data.shape).to(run.device)
-    rows = dict(sampling_mistakes(eps_model(model, run.cfg), xT, schedule))
+    rows = dict(sampling_mistakes(eps_model(model, cfg), xT, schedule))
 
     def train(images, cfg):
         run = new_run("ddim", replace(cfg, preview_every=cfg.steps), out=out,
