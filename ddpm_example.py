@@ -601,7 +601,7 @@ def figure_loss(run, model, data, schedule):
 def main(argv=None):
     """Train a network, or load one; then draw images, and score them if asked to."""
     cfg, run = open_run("ddpm", Config, PRESETS, SAMPLING, argv)
-    data = run.load(load_images(cfg.dataset, cfg.image_size))
+    data = run.load(load_images, cfg.dataset, cfg.image_size)
     if run.sampling:
         model = run.trained(make_unet(cfg, data.shape))
     else:

@@ -19,6 +19,7 @@ from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_typ
 from tqdm import tqdm
 
 KERNELS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
+NEWEST = "the newest"  # of --sample and --resume without a value; compared by `is`
 STOPPED = 130  # the exit status after Ctrl-C, as a shell reports it
 
 
@@ -105,7 +106,7 @@ def check_sizes(image_size, channels, mults, attention, heads, groups, patch):
             raise Mistake(f"{name} {divisor}: must divide channels {channels}")
     levels = [image_size // patch // 2**level for level in range(len(mults))]
     if unused := set(attention) - set(levels):
-        _say_once(f"note: --attention {spell(tuple(unused))} changes nothing, the "
+        say_once(f"note: --attention {spell(tuple(unused))} changes nothing, the "
                   f"resolutions of the levels are {spell(tuple(levels))}")
 
 
@@ -133,7 +134,7 @@ def say(text):
         tqdm.write(" ".join(str(text).splitlines()))
 
 
-_say_once = functools.cache(say)
+say_once = functools.cache(say)
 
 
 @contextlib.contextmanager
@@ -256,6 +257,10 @@ class _Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(found[1], self._option_string_actions, 1)
             nearest = f", the nearest is {near[0]}" if near else ""
             raise Mistake(f"{found[1]}: no such flag{nearest} (see --help)")
+        if "--sample" in self.argv and message.startswith("unrecognized"):
+            message += "; --sample takes one checkpoint"
+            if "--classes" in self._option_string_actions:
+                message += ", and --classes takes classes"
         raise Mistake(f"{message[:300]} (see --help)")
 
 
@@ -268,7 +273,9 @@ def parse_args(Config, presets, argv=None):
     """
     if argv is None:  # in a notebook the arguments are the kernel's own
         argv = [] if Path(sys.argv[0]).name in KERNELS else sys.argv[1:]
-    values = vars(_parser(Config, presets).parse_args(argv))
+    parser = _parser(Config, presets)
+    parser.argv = argv
+    values = vars(parser.parse_args(argv))
     names = {field.name for field in dataclasses.fields(Config)}
     opts = argparse.Namespace(**{k: v for k, v in values.items() if k not in names})
     opts.given = {k: tuple(v) if isinstance(v, list) else v
@@ -282,12 +289,26 @@ def parse_args(Config, presets, argv=None):
                        ("preset", "config")):
         if getattr(opts, one) is not None and getattr(opts, other) is not None:
             raise Mistake(f"--{one} and --{other} exclude each other")
+    for name in ("out", "config", "sample", "resume"):
+        path = getattr(opts, name)
+        if path == "":  # an unset variable of the shell
+            raise Mistake(f"--{name} '': must name a path")
+        if path is not None and path is not NEWEST:
+            setattr(opts, name, os.path.expanduser(path))
+    if opts.out and opts.resume not in (None, NEWEST) and (
+            not Path(opts.resume).is_relative_to(opts.out)):
+        say(f"--out {opts.out}: not used, the run goes on in its own folder")
+    opts.out = opts.out or "outputs"
     check_seed(opts.seed, f"--seed {opts.seed}")
     cfg = presets[opts.preset or next(iter(presets))]
     if opts.config is not None:
         cfg = _read_config(opts, Config)
     cfg = dataclasses.replace(cfg, **opts.given)
     check_config(cfg)
+    if getattr(cfg, "warmup", 0) > getattr(cfg, "steps", math.inf) and (
+            {"warmup", "steps"} <= set(opts.given)):
+        say(f"note: the warm-up of {cfg.warmup} steps is longer than the training, the "
+            "learning rate never reaches --lr")
     return cfg, opts
 
 
@@ -306,10 +327,10 @@ def _parser(Config, presets):
     run("--preset", choices=list(presets), help="named settings to start from")
     run("--device", choices=["auto", "cpu", "cuda", "mps"], help="where to run [auto]")
     run("--seed", type=int, help="seed of every random draw [0]")
-    run("--out", default="outputs", metavar="DIR", help="where run folders are made")
-    run("--resume", nargs="?", const="", metavar="RUN",
+    run("--out", metavar="DIR", help="where run folders are made [outputs]")
+    run("--resume", nargs="?", const=NEWEST, metavar="RUN",
         help="continue a stopped run; without a value, the newest")
-    run("--sample", nargs="?", const="", metavar="CHECKPOINT",
+    run("--sample", nargs="?", const=NEWEST, metavar="CHECKPOINT",
         help="draw from a checkpoint without training; without a value, from the "
              "newest run, or from the shipped model where there is none")
     run("--evaluate", nargs="?", type=int, const=500, metavar="N",
@@ -406,8 +427,15 @@ def merge_config(trained, cfg, sampling, given, where):
     """The Config of a checkpoint, with the fields named in `sampling` taken from cfg.
 
     Any other field that was given by hand must agree with the checkpoint. Where this
-    file has another value than the checkpoint, a line says so.
+    file has another value than the checkpoint, a line says so. The path in a field such
+    as dataset, "folder:PATH", is a place and may be another one.
     """
+    def kind(value):
+        return value.partition(":")[0] if isinstance(value, str) else value
+
+    moved = [name for name in given if ":" in str(given[name])
+             and kind(given[name]) == kind(getattr(trained, name))]
+    sampling = (*sampling, *moved)
     differs = [name for name in vars(cfg) if name not in sampling
                and getattr(cfg, name) != getattr(trained, name)]
     for name in differs:

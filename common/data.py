@@ -1,9 +1,9 @@
-"""Data sets, each held as one tensor: images, points in the plane, series.
+"""Data sets, each held as one tensor: images, or points in the plane.
 
 Images are float32 in [-1, 1] of shape (N, C, H, W), their labels int64.
 """
 
-import csv
+import contextlib
 import difflib
 import gzip
 import hashlib
@@ -29,18 +29,19 @@ OFFLINE = ("digits", "digits8", "color_digits")
 DOWNLOADED = ("mnist", "fashion_mnist", "cifar10")
 POINTS = ("swiss_roll", "two_moons", "gaussians")
 IMAGE_NAMES = (*OFFLINE, *DOWNLOADED, "folder:PATH")
-SERIES = ("sines", "membrane")
-SERIES_NAMES = (*SERIES, "csv:PATH")
+SERIES_NAMES = ("sines", "membrane", "csv:PATH")
+TAKERS = {**dict.fromkeys(IMAGE_NAMES, "ddpm_example.py"),
+          **dict.fromkeys(POINTS, "score_based_diffusion_example.py"),
+          **dict.fromkeys(SERIES_NAMES, "experiments/series.py")}
 
 
 @dataclass(eq=False)  # two sets are the same where they are one object
 class Data:
-    """A dataset in two parts: images, points in the plane or series.
+    """A dataset in two parts, train and test: (N, C, H, W) images or (N, 2) points.
 
-    train, test: (N, C, H, W) images, (N, 2) points or (N, 1, L) series.
     train_labels, test_labels: (N,) int64, or None where the data has no classes.
-    classes: their names. offset, unit: of series, see restore.
-    Distances, neighbours and latent scales refer to the training part.
+    classes: their names. Distances, neighbours and latent scales refer to the training
+    part.
     """
 
     name: str
@@ -49,30 +50,63 @@ class Data:
     train_labels: torch.Tensor | None = None
     test_labels: torch.Tensor | None = None
     classes: tuple = ()
-    offset: float = 0.0
-    unit: float = 1.0
+    offset: float = 0.0  # TRANSITION
+    unit: float = 1.0  # TRANSITION
 
-    @property
-    def shape(self):
-        """The shape of one example: (C, H, W), (2,) or (1, L)."""
-        return tuple(self.train.shape[1:])
-
-    def fingerprint(self):
-        """A text that changes with any bit of the training images and labels."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.train_labels):
-            digest.update(part.cpu().contiguous().numpy())
-        return digest.hexdigest()
-
-    def restore(self, x):
-        """Series as they were before they were scaled: offset + unit * x."""
+    def restore(self, x):  # TRANSITION
         return self.offset + self.unit * x
 
-    def rescale(self, offset, unit):
-        """The series in the unit of a network that was trained on other numbers."""
+    def rescale(self, offset, unit):  # TRANSITION
         train, test = (x * (self.unit / unit) + (self.offset - offset) / unit
                        for x in (self.train, self.test))
         return replace(self, train=train, test=test, offset=offset, unit=unit)
+
+    @property
+    def shape(self):
+        """The shape of one example: (C, H, W) or (2,)."""
+        return tuple(self.train.shape[1:])
+
+    @property
+    def empty(self):
+        """Whether there are no examples, only their shape and the classes' names."""
+        return not len(self.train)
+
+    def fingerprint(self):
+        """A text that changes with any bit of the training examples and labels."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.train_labels):
+            if part is not None:
+                digest.update(part.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    def facts(self):
+        """What a checkpoint keeps of its data, so that another is not taken for it."""
+        return {"shape": list(self.shape), "classes": list(self.classes),
+                "n": len(self.train), "fingerprint": self.fingerprint()}
+
+    def check(self, facts, same_pictures=True):
+        """Raise Mistake where a network of data with these facts was not made for it.
+
+        same_pictures: say so where the training examples are others.
+        """
+        shape, classes = tuple(facts["shape"]), tuple(facts["classes"])
+        if shape != self.shape:
+            raise Mistake(f"dataset {self.name}: its examples have the shape "
+                          f"{self.shape}, the network was trained on {shape}")
+        if classes != self.classes:
+            here, then = (", ".join(c[:10]) or "none" for c in (self.classes, classes))
+            raise Mistake(f"dataset {self.name}: holds other classes than were "
+                          f"trained: {here}; trained: {then}")
+        if same_pictures and facts["fingerprint"] != self.fingerprint():
+            say(f"dataset {self.name}: its {len(self.train)} training examples are not "
+                f"the {facts['n']} that the run began with")
+
+    @staticmethod
+    def absent(name, facts):
+        """The data of a checkpoint without any example: its shape and its classes."""
+        none = torch.zeros(0, *facts["shape"])
+        labels = torch.zeros(0, dtype=torch.int64) if facts["classes"] else None
+        return Data(name, none, none, labels, labels, tuple(facts["classes"]))
 
     def to(self, device):
         """The same data on a device."""
@@ -82,27 +116,32 @@ class Data:
 
 
 def load_data(name, size=0):
-    """load_points, load_series or load_images, as the name says."""
-    _check_name(name, (*IMAGE_NAMES, *POINTS, *SERIES_NAMES))
-    if name in SERIES or name.startswith("csv:"):
-        return load_series(name)
+    """load_points or load_images, as the name says."""
+    if name in SERIES or name.startswith("csv:"):  # TRANSITION
+        return load_series(name)  # TRANSITION
+    check_name(name, (*IMAGE_NAMES, *POINTS))
     return load_points(name) if name in POINTS else load_images(name, size)
 
 
-def _check_name(name, allowed):
+def check_name(name, allowed):
     """Raise Mistake where a name is none of `allowed`, with the nearest that is."""
     head, colon, path = name.partition(":")
     if (f"{head}:PATH" if colon else name) in allowed and (path or not colon):
         return
-    known = {each.partition(":")[0]: each
-             for each in (*IMAGE_NAMES, *POINTS, *SERIES_NAMES)}
+    known = {each.partition(":")[0]: each for each in TAKERS}
     near = difflib.get_close_matches(head.lower().replace("-", "_"), known, 1)
     hint = f"; the nearest is {known[near[0]]}" if near else ""
     if os.path.isdir(os.path.expanduser(name)):
         hint = f"; that folder is folder:{name}"
     elif near and known[near[0]] not in allowed:
-        hint += ", which score_based_diffusion_example.py takes"
+        hint += f", which {TAKERS[known[near[0]]]} takes"
     raise Mistake(f"dataset {name}: must be one of {', '.join(allowed)}{hint}")
+
+
+def place_of(name):
+    """A data set's name; a path in it, as in folder:PATH, is made absolute."""
+    head, colon, path = name.partition(":")
+    return f"{head}:{os.path.abspath(os.path.expanduser(path))}" if path else name
 
 
 # Images
@@ -115,10 +154,10 @@ def load_images(name, size=0):
     folder:PATH is (N, 3, size, size), size 32 if 0, without labels where the pictures
     lie loose, else with one class for each subfolder; what is left out is printed.
     """
-    _check_name(name, IMAGE_NAMES)
+    check_name(name, IMAGE_NAMES)
     if name.startswith("folder:"):
-        pixels, y, classes = read_folder(name[len("folder:"):], size or 32)
-        x, (test, train) = to_unit(pixels), _hold_out(y)
+        pixels, y, classes, names = read_folder(name[len("folder:"):], size or 32)
+        x, (test, train) = to_unit(pixels), _hold_out(names, y)
         labels = (y[train], y[test], classes) if classes else ()
         return Data(name, x[train], x[test], *labels)
     if name in DOWNLOADED:
@@ -155,6 +194,12 @@ def _bundled(name):
 def to_unit(pixels):
     """8-bit pixels 0..255 -> float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
+
+
+def is_8bit(x):
+    """Whether x: (B, C, H, W) holds 8-bit pixels scaled to [-1, 1], as bits/dim ask."""
+    pixels = (x + 1) * 127.5
+    return x.ndim == 4 and bool(((pixels - pixels.round()).abs() < 1e-3).all())
 
 
 def _colour(x):
@@ -223,18 +268,22 @@ def _unpack(name, files):
                           "without it, it is downloaded again") from None
 
 
-def _hold_out(y):
-    """Indices of (test, train) for labels y (N,): a tenth of each class, 1 at least.
+def _hold_out(names, y):
+    """Indices of (test, train): about a tenth is held out, by a hash of each name.
 
-    The last picture of a class is held out only where no class has two.
+    So a picture that is added moves no other one. y: (N,) labels; a class is never held
+    out as a whole where another one has two pictures.
     """
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    share = torch.empty(len(y))
+    keys = [hashlib.sha256(os.fsencode(name)).hexdigest() for name in names]
+    test = torch.tensor([int(key, 16) % 10 == 0 for key in keys])
     for label in y.unique():
-        own = order[y[order] == label]
-        share[own] = torch.arange(1, len(own) + 1) / len(own)
-    order = order[share[order].argsort(stable=True)]
-    return order.tensor_split([max(1, len(y) // 10)])
+        own = y == label
+        if test[own].all():
+            test[own] = False
+    if not test.any():
+        several = [i for i in range(len(y)) if (y == y[i]).sum() > 1] or range(len(y))
+        test[min(several, key=keys.__getitem__)] = True
+    return test.nonzero()[:, 0], (~test).nonzero()[:, 0]
 
 
 # A person's own pictures
@@ -243,22 +292,24 @@ def _hold_out(y):
 def read_folder(path, size):
     """Pictures of a folder, resized and centre-cropped; subfolders are classes.
 
-    Returns uint8 pixels (N, 3, size, size), labels (N,) and the names of the classes,
-    () where the pictures lie loose. A line says what is left out.
+    Returns uint8 pixels (N, 3, size, size), labels (N,), the names of the classes, ()
+    where the pictures lie loose, and those of the files. A line says what is left out.
     """
     path = Path(os.path.expanduser(path))
     try:
         entries = sorted(path.iterdir())
-        files = [file for entry in entries if _visible(entry.name)
-                 for file in (sorted(entry.rglob("*")) if entry.is_dir() else [entry])
-                 if file.is_file() and all(map(_visible, file.relative_to(path).parts))]
+        files, again = _walk(path)
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise Mistake(f"dataset folder:{path}: cannot be read ({reason})") from None
-    pictures, skipped = {}, []
+    _report(path, "linked folders left out, read already", again)
+    span, pictures, skipped = span_of(files), {}, []
+    if span:
+        say(f"folder:{path}: pictures of more than 8 bits, their values {span[0]:g} to "
+            f"{span[1]:g} become 0 to 255")
     for file in files:
         try:
-            pictures[file] = read_picture(file, size)
+            pictures[file] = read_picture(file, size, span)
         except Exception:  # Pillow's decoders raise errors of many kinds
             skipped.append(file)
     _report(path, "files skipped, no readable pictures", skipped)
@@ -272,11 +323,30 @@ def read_folder(path, size):
                 [entry for entry in entries if entry.is_dir() and _visible(entry.name)
                  and entry.name not in classes])
         pictures = {file: x for file, x in pictures.items() if names[file]}
+        if {name.lower() for name in classes} <= {"train", "test", "val", "valid"}:
+            say(f"folder:{path}: its classes are {', '.join(classes)}; if the classes "
+                f"lie below, name one of these, folder:{path / classes[-1]}")
     if len(pictures) < 2:
         raise Mistake(f"dataset folder:{path}: needs at least 2 pictures that Pillow "
                       f"can open (.png, .jpg, ...), found {len(pictures)}")
     y = torch.tensor([classes.index(names[f]) if classes else 0 for f in pictures])
-    return torch.stack(list(pictures.values())), y, classes
+    files = [file.relative_to(path).as_posix() for file in pictures]
+    return torch.stack(list(pictures.values())), y, classes, files
+
+
+def _walk(path):
+    """The visible files below a folder, and linked folders that are read already."""
+    files, again, seen = [], [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folder, real = Path(folder), os.path.realpath(folder)
+        if real in seen:
+            again.append(folder)
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(filter(_visible, folders))
+        files += [folder / name for name in sorted(filter(_visible, names))]
+    return files, again
 
 
 def _visible(name):
@@ -293,14 +363,41 @@ def _report(path, what, files):
         say(f"folder:{path}: {what} ({len(files)}): {names}{more}")
 
 
-def read_picture(file, size):
+def span_of(files):
+    """The values (low, high) of pictures of more than 8 bits, None where there is none.
+
+    Whole numbers from 0 on have the range of the bits they need: 0 to 4095, 65535, ...
+    """
+    from PIL import Image
+
+    found = []
+    for file in files:
+        with contextlib.suppress(Exception), Image.open(file) as picture:
+            if picture.mode[0] in "IF":
+                pixels = _numbers(picture)
+                found.append((pixels.min(), pixels.max(), picture.mode[0] == "I"))
+    if not found:
+        return None
+    lows, highs, whole = zip(*found, strict=True)
+    low, high = min(lows), max(highs)
+    if all(whole) and low >= 0 and high < 2**16:
+        return 0, next(2**n - 1 for n in (8, 10, 12, 14, 16) if high < 2**n)
+    return low, high
+
+
+def _numbers(picture):
+    return np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
+
+
+def read_picture(file, size, span=None):
     """A picture file as uint8 (3, size, size); errors as Pillow raises them.
 
     Turned as its EXIF data says, on white where it is transparent, centre-cropped.
+    span: the values of pictures of more than 8 bits, see span_of.
     """
     from PIL import Image, ImageOps
 
-    picture = _open(file)
+    picture = open_picture(file, span)
     if picture.mode[-1] in "Aa" or "transparency" in picture.info:
         above = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
@@ -308,23 +405,87 @@ def read_picture(file, size):
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
 
 
-def _open(file):
+def open_picture(file, span=None):
     """A picture as Pillow opens it, upright; grey of more than 8 bits becomes 8."""
     from PIL import Image, ImageOps
 
+    file = os.path.expanduser(file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pictures that are read all the same
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(os.path.expanduser(file)) as opened:
+        with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened)
-    if picture.mode[0] in "IF":  # convert() would clip them at 255
-        pixels = np.nan_to_num(np.asarray(picture, np.float64), posinf=0, neginf=0)
-        low, high = 0, 65535
-        if picture.mode == "F" or pixels.min() < low or pixels.max() > high:
-            low, high = pixels.min(), pixels.max()
-        scaled = (pixels - low) / (high - low or 1) * 255
-        picture = Image.fromarray(scaled.round().astype(np.uint8))
+        if picture.mode[0] in "IF":  # convert() would clip them at 255
+            low, high = span or span_of([file])
+            scaled = (_numbers(picture) - low) / (high - low or 1) * 255
+            picture = Image.fromarray(scaled.round().astype(np.uint8))
     return picture
+
+
+# Points in the plane
+
+
+def load_points(name, n=20000, seed=0):
+    """2-D points by name (POINTS), of about unit variance: halves of (n // 2, 2)."""
+    from sklearn import datasets
+
+    check_name(name, POINTS)
+    if name == "swiss_roll":
+        x = datasets.make_swiss_roll(n, noise=0.5, random_state=seed)[0][:, [0, 2]]
+        x = (x - np.array([2.0, 0.3])) / 7.0
+    elif name == "two_moons":
+        x = datasets.make_moons(n, noise=0.06, random_state=seed)[0]
+        x = (x - np.array([0.5, 0.25])) / 0.75
+    else:
+        angles = np.arange(8) * np.pi / 4
+        centres = 1.4 * np.stack([np.cos(angles), np.sin(angles)], 1)
+        x, _ = datasets.make_blobs(n, centers=centres, cluster_std=0.1,
+                                   random_state=seed)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    x = torch.from_numpy(x).float()[order]
+    return Data(name, x[: n // 2], x[n // 2 :])
+
+
+# Networks that are trained once and kept
+
+
+def cached(name, key, make, fit):
+    """make() with the weights kept under name and key, else fitted and then kept.
+
+    They are looked for in pretrained/, which is shipped, and in data/. fit(module)
+    returns False where it was interrupted: its weights are not kept. fit=None: None
+    where none are kept. A file that cannot be read is made again; one that cannot be
+    written is done without.
+    """
+    digest = hashlib.sha256(repr((name, key)).encode()).hexdigest()[:10]
+    # A name may be a long path: a part of it for the reader, the digest is the name.
+    file = f"{re.sub(r'[^a-zA-Z0-9]+', '_', name)[:40]}_{digest}.pt"
+    for folder in (ROOT / "pretrained", CACHE):
+        try:
+            kept = torch.load(folder / file, map_location="cpu", weights_only=True)
+            module = make()
+            module.load_state_dict(kept)
+            return module
+        except Exception:  # absent, cut short or foreign: it is only a cache
+            pass
+    if fit is None:
+        return None
+    module = make()
+    if fit(module) is not False:
+        packed = io.BytesIO()
+        torch.save(module.state_dict(), packed)
+        try:
+            CACHE.mkdir(parents=True, exist_ok=True)
+            write_whole(CACHE / file, packed.getvalue())
+        except (OSError, Mistake) as problem:
+            say(f"not kept for the next run: {problem}")
+    return module
+
+
+# --- TRANSITION: to be deleted ---
+import csv  # noqa: E402
+
+SERIES = ("sines", "membrane")
 
 
 def read_question(image, mask, shape):
@@ -347,11 +508,11 @@ def read_question(image, mask, shape):
                 from None
 
     if image:
-        size = read("image", image, _open).size
+        size = read("image", image, open_picture).size
         x = to_unit(read("image", image, lambda file: read_picture(file, W)))[None]
         x = x if C == 3 else x.mean(1, keepdim=True)
     if mask:
-        white = read("mask", mask, _open).convert("L")
+        white = read("mask", mask, open_picture).convert("L")
         if white.size != tuple(size):
             raise Mistake(f"mask {mask}: is {white.width} x {white.height} pixels, "
                           f"must be {size[0]} x {size[1]} like the picture")
@@ -372,30 +533,6 @@ def make_masks(H, W):
     half = (column < W / 2).expand(1, 1, H, W)
     some = torch.rand(1, 1, H, W) < 0.3
     return {"box": ~box, "half": half, "pixels": some, "border": box}
-
-
-# Points in the plane
-
-
-def load_points(name, n=20000, seed=0):
-    """2-D points by name (POINTS), of about unit variance: halves of (n // 2, 2)."""
-    from sklearn import datasets
-
-    _check_name(name, POINTS)
-    if name == "swiss_roll":
-        x = datasets.make_swiss_roll(n, noise=0.5, random_state=seed)[0][:, [0, 2]]
-        x = (x - np.array([2.0, 0.3])) / 7.0
-    elif name == "two_moons":
-        x = datasets.make_moons(n, noise=0.06, random_state=seed)[0]
-        x = (x - np.array([0.5, 0.25])) / 0.75
-    else:
-        angles = np.arange(8) * np.pi / 4
-        centres = 1.4 * np.stack([np.cos(angles), np.sin(angles)], 1)
-        x, _ = datasets.make_blobs(n, centers=centres, cluster_std=0.1,
-                                   random_state=seed)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    x = torch.from_numpy(x).float()[order]
-    return Data(name, x[: n // 2], x[n // 2 :])
 
 
 def point_density(name, x):
@@ -425,9 +562,6 @@ def point_density(name, x):
     return log_p.exp().to(x.dtype).to(x.device)  # MPS has no float64
 
 
-# Series
-
-
 def load_series(name, n=1250, length=128, seed=0):
     """1-D series (N, 1, L), of mean 0 and std 1 over all numbers of the training part.
 
@@ -436,7 +570,7 @@ def load_series(name, n=1250, length=128, seed=0):
     potential of a nerve cell that fires at an even pace; the last fifth is held out.
     csv:PATH: one series a row, a tenth is held out.
     """
-    _check_name(name, SERIES_NAMES)
+    check_name(name, SERIES_NAMES)
     if name == "sines":
         rng = np.random.default_rng(seed)
         angle = 2 * np.pi * rng.uniform(2, 8, (n, 1)) * np.linspace(0, 1, length)
@@ -461,7 +595,7 @@ def load_series(name, n=1250, length=128, seed=0):
         held_out = held_out[order]  # neighbours are nearly the same
     else:
         x = read_csv(name, Path(os.path.expanduser(name[len("csv:") :])))
-        held_out, train = (x[i.numpy()] for i in _hold_out(torch.zeros(len(x))))
+        held_out, train = (x[i.numpy()] for i in _hold_out([str(k) for k in range(len(x))], torch.zeros(len(x))))
     offset, unit = float(train.mean()), float(train.std())
     if unit <= 1e-9 * abs(offset) or unit < 1e-30:
         raise Mistake(f"dataset {name}: all numbers of its training rows are "
@@ -513,39 +647,3 @@ def _number(text):
         return float(text)
     except ValueError:
         return float("nan")
-
-
-# Networks that are trained once and kept
-
-
-def cached(name, key, make, fit):
-    """make() with the weights kept under name and key, else fitted and then kept.
-
-    They are looked for in pretrained/, which is shipped, and in data/. fit(module)
-    returns False where it was interrupted: its weights are not kept. fit=None: None
-    where none are kept. A file that cannot be read is made again; one that cannot be
-    written is done without.
-    """
-    digest = hashlib.sha256(repr((name, key)).encode()).hexdigest()[:10]
-    # A name may be a long path: a part of it for the reader, the digest is the name.
-    file = f"{re.sub(r'[^a-zA-Z0-9]+', '_', name)[:40]}_{digest}.pt"
-    for folder in (ROOT / "pretrained", CACHE):
-        try:
-            kept = torch.load(folder / file, map_location="cpu", weights_only=True)
-            module = make()
-            module.load_state_dict(kept)
-            return module
-        except Exception:  # absent, cut short or foreign: it is only a cache
-            pass
-    if fit is None:
-        return None
-    module = make()
-    if fit(module) is not False:
-        packed = io.BytesIO()
-        torch.save(module.state_dict(), packed)
-        try:
-            CACHE.mkdir(parents=True, exist_ok=True)
-            write_whole(CACHE / file, packed.getvalue())
-        except (OSError, Mistake) as problem:
-            say(f"not kept for the next run: {problem}")
-    return module

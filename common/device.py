@@ -5,7 +5,6 @@ import contextlib
 import os
 import random
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 
@@ -145,18 +144,6 @@ def synchronize(device):
         torch.cuda.synchronize(device)
     if device.type == "mps":
         torch.mps.synchronize()
-
-
-def peak_memory_mb(device):
-    """Peak memory so far in MB: allocated on CUDA, else resident; None on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 @contextlib.contextmanager

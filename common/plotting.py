@@ -10,39 +10,51 @@ import contextlib
 import functools
 import io
 import math
+import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .cli import Mistake, in_notebook, out_of_memory, write_whole
+from .cli import Mistake, in_notebook, out_of_memory, say_once, write_whole
 
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
          "figure.dpi": 110, "savefig.bbox": "tight", "axes.titlesize": 12}
+# Families with letters of Chinese, Japanese and Korean; used where they are installed.
+CJK = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic",
+       "Apple SD Gothic Neo", "Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans",
+       "Microsoft YaHei", "PingFang SC", "WenQuanYi Zen Hei", "Arial Unicode MS")
 not_drawn = {}  # the files that could not be drawn: the last line of a run names them
+left_out = {}  # those that compare with data, where there is none
 _written = []
+if not in_notebook():  # pyplot is never used: no backend of another program matters
+    os.environ["MPLBACKEND"] = "agg"
 
 
-def figure(*files):
+def figure(*files, compares=True):
     """Decorator of a function that draws these files: @plotting.figure("loss.png").
 
     It draws without gradients and in the style used here. An error prints its traceback
     and the program goes on, since the other figures and the run do not depend on this
-    one; a full disk or too little memory still ends it. Without files, as in this
-    module, the first argument is the path.
+    one; a full disk or too little memory still ends it. Where its data has no examples,
+    a figure that compares with them is left out. Without files, as in this module, the
+    first argument is the path.
     """
     def decorate(draw):
         @functools.wraps(draw)
         def drawn(*args, **kwargs):
-            names = files or [Path([*args, kwargs.get("path")][0]).name]
+            given = [*args, *kwargs.values()]
+            names = files or [Path(kwargs.get("path") or args[0]).name]
+            if compares and any(getattr(x, "empty", False) for x in given):
+                left_out.update(dict.fromkeys(names))
+                return
             begin = len(_written)
             try:
-                import matplotlib
-                quiet = np.errstate(all="ignore")  # NaN and infinity are left blank
-                with torch.no_grad(), quiet, matplotlib.rc_context(STYLE):
+                with _style(), torch.no_grad():
                     return draw(*args, **kwargs)
             except Exception as problem:
                 if isinstance(problem, Mistake) or out_of_memory(problem):
@@ -54,6 +66,25 @@ def figure(*files):
         return drawn
 
     return decorate
+
+
+@contextlib.contextmanager
+def _style():
+    """matplotlib's own settings and STYLE, whatever a matplotlibrc says."""
+    import matplotlib
+    from matplotlib import font_manager
+
+    quiet = np.errstate(all="ignore")  # NaN and infinity are left blank
+    with quiet, warnings.catch_warnings(record=True) as caught, matplotlib.rc_context():
+        warnings.simplefilter("always")
+        matplotlib.rcdefaults()
+        installed = {font.name for font in font_manager.fontManager.ttflist}
+        fonts = ["DejaVu Sans", *(name for name in CJK if name in installed)]
+        matplotlib.rcParams.update(STYLE | {"font.family": fonts})
+        yield
+    if any("Glyph" in str(warning.message) for warning in caught):
+        say_once("figures: no installed font has all letters of these names; a package "
+                 "with letters of Chinese, Japanese and Korean is fonts-noto-cjk")
 
 
 def _write(path, save):
@@ -85,10 +116,17 @@ def sheet_of(n, width, height, rows=1, **options):
     return sheet, sheet.subplots(rows, n, squeeze=False, **options).ravel()
 
 
-def save(sheet, path, title=""):
-    """Give a figure its title and write it to a file."""
+def save(sheet, path, title="", math=True):
+    """Give a figure its title and write it to a file.
+
+    math=False: $ in its texts is a letter, since names come from users.
+    """
     if title:
         sheet.suptitle(title)
+    if not math:
+        from matplotlib.text import Text
+        for text in sheet.findobj(Text):
+            text.set_parse_math(False)
     if title or len(sheet.axes) > 1:
         sheet.tight_layout()
     _write(path, lambda file, kind: sheet.savefig(file, format=kind))
@@ -146,7 +184,7 @@ def grid(path, x, columns, title):
     axis.imshow(picture, interpolation="nearest")
     axis.axis("off")
     axis.set_title(title)
-    save(sheet, path)
+    save(sheet, path, math=False)
 
 
 @figure()
@@ -172,15 +210,15 @@ def panels(path, parts, title, columns=None, limit=2.3):
             axis.imshow(tile(x, columns or square(len(x))), interpolation="nearest")
             axis.axis("off")
         axis.set_title(subtitle)
-    save(sheet, path, title)
+    save(sheet, path, title, math=False)
 
 
-@figure()
+@figure(compares=False)
 def samples(path, drawn, data, title, how="samples"):
     """Drawn beside held-out data: at most 64 images, 5,000 points or 8 series each."""
     n = min({2: 5000, 3: 8, 4: 64}[drawn.ndim], len(drawn))
-    columns = square(n)
-    panels(path, [(how, drawn[:n]), ("real, held out", data.test[:n])], title, columns)
+    parts = [(how, drawn[:n]), ("real, held out", data.test[:n])]
+    panels(path, parts[:1] if data.empty else parts, title, square(n))
 
 
 @figure()
@@ -209,7 +247,7 @@ def table(path, rows, title, row_labels=(), column_labels=(), cell=0.95):
     axis.set_xticks(across, column_labels, fontsize=10)
     axis.set_yticks(down, row_labels)
     axis.set_title(title, fontsize=12, pad=10)
-    save(sheet, path)
+    save(sheet, path, math=False)
 
 
 @figure()

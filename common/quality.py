@@ -314,8 +314,10 @@ def glance(samples, data, labels=None):
     """A first look at samples (N, C, H, W): what metrics.json says of every run.
 
     labels: (N,) the classes asked for. No judge is trained for it: where none is at
-    hand, the distances alone.
+    hand, the distances alone, and where the data has no examples, none of them.
     """
+    if data.empty:
+        return {"n": len(samples)}
     distance = nearest_neighbours(samples, data.train)[1]
     found = {"n": len(samples),
              "nearest_train_rms_mean": distance.mean().item(),

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,10 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from . import device, plotting, quality
-from .cli import (SETTINGS, STOPPED, Mistake, check_config, check_seed, config_from,
-                  in_notebook, merge_config, parse_args, say, take_settings,
-                  write_whole, writing)
-from .data import ROOT
+from .cli import (NEWEST, SETTINGS, STOPPED, Mistake, check_config, check_seed,
+                  config_from, in_notebook, merge_config, parse_args, say,
+                  take_settings, write_whole, writing)
+from .data import ROOT, Data, place_of
 
 FORMAT = "diffusion-examples-1"
 
@@ -45,43 +46,14 @@ def open_run(script, Config, presets, sampling=(), argv=None, reads=(), trained=
     if trained and opts.resume is not None:
         raise Mistake("--resume: this script trains nothing, --sample RUN names a run")
     if trained and opts.sample is None:
-        opts.sample = ""
-    state = folder = where = None
-    if opts.sample is not None:
-        scripts = (script, *reads)
-        source = opts.sample or _newest(opts.out, scripts) or _shipped(opts, scripts)
-        opts.sample, where = str(source), f"--sample {source}"
-        state = load_checkpoint(source, scripts, where)
-    elif opts.resume is not None:
-        source = folder = _to_resume(opts, script)
-        where = f"--resume {source}"
-        if device.torchrun()[0] == 0:
-            _lock(folder)
-        state = load_checkpoint(folder, (script,), where, {
-            "loop": str, "random": list, "optimizer": dict})
-        take_settings(opts, state.get("run"))
-        for name in ("seed", "preset"):
-            own, given = state[name], getattr(opts, name)
-            if given is not None and own not in ("", given):
-                raise Mistake(f"--{name} {given}: {source} goes on with its own, {own}")
-            setattr(opts, name, own)
-    if state is not None:
-        say(f"loaded {source} ({_describe(state)})")
-        opts.preset = opts.preset or state["preset"]
-        if opts.resume is None and opts.preset in presets and not opts.config:
-            cfg = dataclasses.replace(presets[opts.preset], **opts.given)
-        stored = state["config"]
-        if state["script"] != script:  # what is not shared keeps this script's values
-            stored = dataclasses.asdict(cfg) | {
-                name: value for name, value in stored.items() if name in vars(cfg)}
-        trained = config_from(stored, Config, where)
-        if opts.resume is not None:  # goes on as it was, except for flags of sampling
-            trained = _train_on(trained, opts.given, state, source)
-            cfg = dataclasses.replace(trained, **opts.given)
-        cfg = merge_config(trained, cfg, sampling, opts.given, str(source))
-        check_config(cfg)
-    defaults = SETTINGS | {"seed": 0, "preset": next(iter(presets))}
-    for name, value in defaults.items():
+        opts.sample = NEWEST
+    state = where = None
+    if opts.sample is not None or opts.resume is not None:
+        state, where = _open_checkpoint(opts, script, reads)
+        cfg = _stored_config(script, state, where, cfg, opts, presets, sampling)
+    if hasattr(cfg, "dataset"):
+        cfg = dataclasses.replace(cfg, dataset=place_of(cfg.dataset))
+    for name, value in (SETTINGS | {"seed": 0, "preset": next(iter(presets))}).items():
         if getattr(opts, name) in (None, ""):
             setattr(opts, name, value)
     place = device.launch(opts.device)
@@ -97,8 +69,8 @@ def open_run(script, Config, presets, sampling=(), argv=None, reads=(), trained=
                       "tensorboard)")
     device.seed_everything(opts.seed)
     plotting.not_drawn.clear()
-    run = Run(script, cfg, opts, place, folder, state, begin, where)
-    if folder and run.main:
+    run = Run(script, cfg, opts, place, opts.resume, state, begin, where)
+    if opts.resume and run.main:
         run.read_metrics()  # if it cannot be read, say so before the training
     return cfg, run
 
@@ -116,48 +88,37 @@ def new_run(script, cfg, **settings):
     return open_run(script, type(cfg), {"own": cfg}, sampling, argv)[1]
 
 
-def _newest(out, scripts):
-    """The run folder of these scripts with the newest checkpoint, or None."""
-    found = [file.parent for script in scripts
-             for file in (Path(out) / script).glob("*/checkpoint.pt")]
-    return max(found, key=lambda p: (p / "checkpoint.pt").stat().st_mtime, default=None)
+def _open_checkpoint(opts, script, reads):
+    """The checkpoint that --sample or --resume asks for, and that flag with its value.
 
-
-def _shipped(opts, scripts):
-    """The model in pretrained/ of the first of these scripts that has one."""
-    for name in scripts:
-        if (file := ROOT / "pretrained" / f"{name}.pt").exists():
-            return file
-    names = " or ".join(scripts)
-    raise Mistake(f"--sample: no run of {names} in {opts.out}, and no shipped model")
-
-
-def _to_resume(opts, script):
-    """The run folder that --resume means: the one that is named, or the newest."""
-    source = opts.resume or _newest(opts.out, (script,))
-    if source is None:
-        raise Mistake(f"--resume: no run of {script} in {opts.out}")
-    source = Path(source)
-    source = source.parent if source.name == "checkpoint.pt" else source
-    with reading(f"--resume {source}"):
-        if source.is_dir():
-            return source
-    raise Mistake(f"--resume {source}: must be a run folder or the checkpoint.pt in it")
-
-
-def _train_on(trained, given, state, source):
-    """The Config of a run that is resumed, with the number of steps given by hand."""
-    steps, done = given.get("steps", trained.steps), state["step"]
-    if state["loop"] == "model" and steps < done:
-        raise Mistake(f"steps {steps}: must be >= {done}, the step of {source}")
-    if steps != trained.steps:
-        say(f"trains to step {steps} instead of {trained.steps}; the learning rate "
-            f"goes on as in a run of {steps} steps")
-    return dataclasses.replace(trained, steps=steps)
-
-
-def _describe(state):
-    """How far a checkpoint is trained, and whether it only shows that all works."""
+    opts.sample or opts.resume becomes the path that was found.
+    """
+    scripts = (script, *reads) if opts.resume is None else (script,)
+    flag = "sample" if opts.resume is None else "resume"
+    source = getattr(opts, flag)
+    if source is NEWEST:
+        found = [file.parent for name in scripts
+                 for file in (Path(opts.out) / name).glob("*/checkpoint.pt")]
+        if flag == "sample":
+            shipped = (ROOT / "pretrained" / f"{name}.pt" for name in scripts)
+            found = found or [file for file in shipped if file.exists()][:1]
+        if not found:
+            raise Mistake(f"--{flag}: no run of {' or '.join(scripts)} in {opts.out}"
+                          + (", and no shipped model" if flag == "sample" else ""))
+        source = max(found, key=lambda path: (
+            path / "checkpoint.pt" if path.is_dir() else path).stat().st_mtime)
+    source, also = Path(source), {}
+    where = f"--{flag} {source}"
+    if flag == "resume":
+        source = source.parent if source.name == "checkpoint.pt" else source
+        with reading(where):
+            if not source.is_dir():
+                raise Mistake(f"{where}: must be a run folder or its checkpoint.pt")
+        if device.torchrun()[0] == 0:
+            _lock(source)
+        also = {"loop": str, "random": list, "optimizer": dict}
+    state = load_checkpoint(source, scripts, where, also)
+    setattr(opts, flag, source)
     loop, step = state.get("loop", "model"), state["step"]
     steps = state["config"].get("steps" if loop == "model" else f"{loop}_steps", step)
     words = f"step {step} of {steps}" + ("" if loop == "model" else f" of its {loop}")
@@ -165,7 +126,40 @@ def _describe(state):
         words = f"unfinished: {words}"
     if state["preset"] == "smoke":
         words += ", a smoke run, too short to learn anything"
-    return words
+    say(f"loaded {source} ({words})")
+    return state, where
+
+
+def _stored_config(script, state, where, cfg, opts, presets, sampling):
+    """The Config of a checkpoint, with what may differ from it taken from cfg."""
+    if opts.resume is not None:
+        take_settings(opts, state.get("run"))
+        for name in ("seed", "preset"):
+            own, given = state[name], getattr(opts, name)
+            if given is not None and own not in ("", given):
+                raise Mistake(f"--{name} {given}: {opts.resume} goes on with its own, "
+                              f"{own}")
+            setattr(opts, name, own)
+    opts.preset = opts.preset or state["preset"]
+    if opts.resume is None and opts.preset in presets and not opts.config:
+        cfg = dataclasses.replace(presets[opts.preset], **opts.given)
+    known, stored = dataclasses.asdict(cfg), state["config"]
+    if state["script"] != script:  # what the two do not share keeps this one's values
+        stored = known | {key: stored[key] for key in stored if key in known}
+    trained = config_from(stored, type(cfg), where)
+    if opts.resume is not None:  # goes on as it was, except for flags of sampling
+        steps = opts.given.get("steps", trained.steps)
+        if state["loop"] == "model" and steps < state["step"]:
+            raise Mistake(f"steps {steps}: must be >= {state['step']}, the step of "
+                          f"{opts.resume}")
+        if steps != trained.steps:
+            say(f"trains to step {steps} instead of {trained.steps}; the learning rate "
+                f"goes on as in a run of {steps} steps")
+        trained = dataclasses.replace(trained, steps=steps)
+        cfg = dataclasses.replace(trained, **opts.given)
+    cfg = merge_config(trained, cfg, sampling, opts.given, where.split(" ", 1)[1])
+    check_config(cfg)
+    return cfg
 
 
 # Checkpoints
@@ -200,6 +194,9 @@ def load_checkpoint(path, scripts, where=None, also=()):
     with reading(where):
         file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
         state = torch.load(file, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(file) as packed:  # torch does not look at the checksums
+            if broken := packed.testzip():
+                raise ValueError(f"{broken} has another checksum")
         if state["format"] != FORMAT:
             raise ValueError("another format")
         state.setdefault("preset", "")  # a shipped model names none
@@ -223,25 +220,20 @@ _LOCKS = {}  # the run folders that this process trains in, each with its lock
 
 
 def _lock(folder):
-    """Keep other processes from training in a run folder (not on Windows)."""
-    with contextlib.suppress(ImportError):
-        import fcntl
+    """Keep other processes from training in a run folder, where files can be locked."""
+    if (folder := folder.resolve()) in _LOCKS or sys.platform == "win32":
+        return
+    import fcntl
 
-        if folder.resolve() not in _LOCKS:
-            handle = _LOCKS[folder.resolve()] = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _unlock(folder)
-                raise Mistake(f"--resume {folder}: another process trains in it") \
-                    from None
-            except OSError:  # a file system without locks
-                pass
-
-
-def _unlock(folder):
-    if folder.resolve() in _LOCKS:
-        os.close(_LOCKS.pop(folder.resolve()))
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise Mistake(f"--resume {folder}: another process trains in it") from None
+    except OSError:  # a file system without locks
+        pass
+    _LOCKS[folder] = handle
 
 
 # The log
@@ -304,39 +296,29 @@ class Log:
 
 
 class LossScale:
-    """The loss scale of fp16 training: it multiplies the gradients inside the network.
+    """The loss scale of fp16 training: small gradients would be 0 in fp16.
 
-    Small gradients would be 0 in fp16. The gradient that enters the network at its
-    output is multiplied; those that leave it, by a weight or an input, are divided
-    again in fp32. So the training loop needs to know nothing of it. Where a gradient
-    overflows, the step is left out and the scale halved; after 2,000 good steps it is
-    doubled.
+    The gradient that enters the network at its output is multiplied by the scale, and
+    run.average_gradients divides again. Where a gradient overflows, the step is left
+    out and the scale halved; after 2,000 good steps it is doubled.
     """
 
     def __init__(self, model, scale=2.0**16, good_steps=0):
         self.model, self.scale, self.good_steps = model, scale, good_steps
-        self.hooks = [model.register_forward_pre_hook(self._leave),
-                      model.register_forward_hook(self._enter)]
-        self.hooks += [p.register_hook(lambda grad: grad / self.scale)
-                       for p in model.parameters()]
-
-    def _leave(self, module, inputs):
-        return tuple(self._scaled(x, lambda grad: grad / self.scale) for x in inputs)
+        self.hook = model.register_forward_hook(self._enter)
 
     def _enter(self, module, inputs, output):
         if isinstance(output, tuple):
             return tuple(self._enter(module, inputs, part) for part in output)
-        return self._scaled(output.float(), lambda grad: grad * self.scale)
+        output = output.float()
+        if output.requires_grad:
+            output.register_hook(lambda grad: grad * self.scale)
+        return output
 
-    def _scaled(self, x, change):
-        """x itself, its gradient changed on the way back."""
-        if getattr(x, "requires_grad", False):
-            x = x.view_as(x)
-            x.register_hook(change)
-        return x
-
-    def check(self, gradients):
-        """Drop the gradients of a step that overflowed, and adapt the scale."""
+    def divide(self, gradients):
+        """Undo the scale; drop the gradients of a step that overflowed, and adapt."""
+        for gradient in gradients:
+            gradient /= self.scale
         self.good_steps += 1
         if not all(bool(torch.isfinite(grad).all()) for grad in gradients):
             self.model.zero_grad()  # optimizer.step() leaves a weight without one alone
@@ -346,10 +328,6 @@ class LossScale:
                               "scale; --amp off shows where that begins")
         elif self.good_steps == 2000:
             self.scale, self.good_steps = self.scale * 2, 0
-
-    def remove(self):
-        for hook in self.hooks:
-            hook.remove()
 
 
 # The run
@@ -369,7 +347,7 @@ class Run:
         self.stopped, self.step, self.scale = False, 0, None
         self._begin = time.perf_counter() if begin is None else begin
         self._folder, self._state, self._where = folder, state, where
-        self._row, self._loss_scale, self._saved = {}, (), None
+        self._row, self._loss_scale, self._saved, self._data = {}, (), None, {}
         self._unsaved = self._board = None
 
     # Files
@@ -440,11 +418,27 @@ class Run:
 
     # A training step
 
-    def load(self, data):
-        """The data on the run's device; --evaluate needs its labels."""
+    def load(self, load, *args):
+        """The data on the run's device: run.load(load_images, cfg.dataset, size).
+
+        The checkpoint knows the shape and the classes of its data. Data that differs in
+        these is refused; with --sample the drawing goes on without it, and so it does
+        where the data is not there.
+        """
+        stored = self._state.get("data") if self._state else None
+        try:
+            data = load(*args) if callable(load) else load  # TRANSITION
+            if stored:
+                data.check(stored, same_pictures=not self.sampling)
+        except Mistake as problem:
+            if not (self.sampling and stored) or self.opts.evaluate:
+                raise
+            say(f"{problem}; drawn without it: no comparison with data")
+            data = Data.absent(self.cfg.dataset, stored)
         if self.opts.evaluate and data.train_labels is None:
             raise Mistake(f"--evaluate {self.opts.evaluate}: --dataset {data.name} has "
                           "no labels to score by")
+        self._data = stored if self.sampling else data.facts()
         return data.to(self.device)
 
     def place(self, module):
@@ -473,12 +467,12 @@ class Run:
         return torch.autocast(self.device.type, dtype)
 
     def average_gradients(self, model):
-        """Average the gradients over all processes; under fp16, drop an overflow."""
+        """Average the gradients over all processes; under fp16, undo the loss scale."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if gradients:
             self.launch.average(gradients)
         if self.scale is not None and self.scale.model is model:
-            self.scale.check(gradients)
+            self.scale.divide(gradients)
 
     def log(self, **values):
         """Add numbers to this step's row of the log, each the mean over all processes.
@@ -499,8 +493,8 @@ class Run:
     def _diverged(self, problem):
         last = "" if self._saved is None else (
             f"; the last good checkpoint is of step {self._saved} in {self._folder}")
-        raise Mistake(f"{problem} at step {self.step + 1}, a learning rate of "
-                      f"{self._rate:g} may be too high{last}")
+        raise Mistake(f"{problem} at step {self.step + 1}, {self._rate} may be too "
+                      f"high{last}")
 
     # The training loop
 
@@ -526,14 +520,14 @@ class Run:
         first = self._restore(name, parts, save)
         if first is None:
             return  # the checkpoint is of a later loop: this one is finished
+        self._prepare(model, blocks)
         if save and self.main:
             _lock(self.folder)
         log = Log(self.path(_log_name(name)), first) if save and self.main else None
         groups = [group for part in parts.values()
                   for group in getattr(part, "param_groups", ())]
-        self._rate = max((part.defaults["lr"] for part in parts.values()
-                          if hasattr(part, "defaults")), default=math.nan)
-        self._prepare(model, blocks)
+        field = f"{name}_lr" if hasattr(self.cfg, f"{name}_lr") else "lr"
+        self._rate = f"--{field} {getattr(self.cfg, field, math.nan):g}"
         self._saved, done, begin = None, first, time.perf_counter()
 
         def end(seconds, states=None):
@@ -580,10 +574,15 @@ class Run:
             bar.close()
             if before is not None:
                 signal.signal(signal.SIGINT, before)
-            self._undo(model, blocks)
+            for block in blocks:
+                vars(block).pop("forward", None)
+            if self.scale is not None:
+                self.scale.hook.remove()
+                self.scale = None
             if log:
                 log.close()
-                _unlock(self._folder)
+                if handle := _LOCKS.pop(self._folder.resolve(), None):
+                    os.close(handle)
 
     def _restore(self, name, parts, save):
         """Load the checkpoint of --resume: the number of steps done, 0 without one.
@@ -627,15 +626,19 @@ class Run:
         if self.opts.amp == "fp16":
             self.scale = LossScale(model, *self._loss_scale)
             self._loss_scale = ()  # a checkpoint's is for the loop it was saved in
-        if self.opts.compile:
-            model.compile()
+        self._compile(model)
 
-    def _undo(self, model, blocks):
-        for block in blocks:
-            vars(block).pop("forward", None)
-        if self.scale is not None:
-            self.scale.remove()
-            self.scale = None
+    def _compile(self, model):
+        """Compile the network with --compile, where a compiler is there."""
+        if self.opts.compile:
+            try:  # a small function first: an error here would end the first step
+                torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=self.device))
+            except Exception as problem:  # torch's compiler raises errors of many kinds
+                reason = str(problem).strip().splitlines() or [type(problem).__name__]
+                raise Mistake(f"--compile: torch.compile does not work here "
+                              f"({reason[0]:.200}); it needs a C++ compiler, on CUDA "
+                              "Triton, too; leave the flag out") from None
+            model.compile()
 
     def _save(self, step, name, parts, states=None):
         """Write checkpoint.pt as a whole. states: random states, all processes' now."""
@@ -651,7 +654,7 @@ class Run:
                 "format": FORMAT, "script": self.script, "preset": self.opts.preset,
                 "seed": self.opts.seed, "run": self._settings(), "loop": name,
                 "step": step, "config": dataclasses.asdict(self.cfg), "random": states,
-                "loss_scale": scale or [],
+                "data": self._data, "loss_scale": scale or [],
                 **{key: part.state_dict() for key, part in parts.items()}}, packed)
             write_whole(self._folder / "checkpoint.pt", packed.getbuffer())
 
@@ -703,8 +706,7 @@ class Run:
             module.load_state_dict(self._state[name])
         if not is_finite(module):
             raise Mistake(f"{self._where}: its weights are not finite numbers")
-        if self.opts.compile:
-            module.compile()
+        self._compile(module)
         return self.place(module).eval().requires_grad_(False)
 
     def draw(self, n, states, network, steps, batch_size=100):
@@ -763,8 +765,7 @@ class Run:
         more: the script that draws more from the same checkpoint.
         """
         self.add_metrics(config=dataclasses.asdict(self.cfg),
-                         total_seconds=time.perf_counter() - self._begin,
-                         peak_memory_mb=device.peak_memory_mb(self.device))
+                         total_seconds=time.perf_counter() - self._begin)
         found = self.read_metrics()
         scores = found.get("samples", {}) | found.get("evaluation", {})
         facts = [("trained", found.get("train_seconds"), "{:.0f} s"),
@@ -777,10 +778,12 @@ class Run:
         line = ", ".join(f"{name} {form.format(x)}" for name, x, form in facts
                          if x is not None)
         line += f"; figures and metrics.json in {self.folder}"
-        if more:
-            line += f"; more: python {more} --sample {self.opts.sample or self.folder}"
+        if plotting.left_out:
+            line += f"; without data there is no {', '.join(plotting.left_out)}"
         if plotting.not_drawn:
             line += f"; NOT DRAWN, see above: {', '.join(plotting.not_drawn)}"
+        if more:
+            line += f"; more: python {more} --sample {self.opts.sample or self.folder}"
         say(line)
         if plotting.not_drawn and not in_notebook():
             raise SystemExit(1)

@@ -122,7 +122,7 @@ def figure_bound(run, cfg, model, data, schedule):
 def main(argv=None):
     """Load a trained DDPM and draw these figures in a new run folder."""
     cfg, run = open_run("ddpm", Config, ddpm.PRESETS, ddpm.SAMPLING, argv, trained=True)
-    data = run.load(load_images(cfg.dataset, cfg.image_size))
+    data = run.load(load_images, cfg.dataset, cfg.image_size)
     schedule = ddpm.make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T)
     schedule = schedule.to(run.device)
     model = run.trained(ddpm.make_unet(cfg, data.shape))

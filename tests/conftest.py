@@ -106,16 +106,16 @@ def open_run(module, out, *argv):
     """(cfg, run, data) of a script's smoke preset with a few more arguments, as its main makes them."""
     argv = ["--preset", "smoke", "--device", "cpu", "--out", str(out), *map(str, argv)]
     cfg, run = runs.open_run(script_name(module), module.Config, module.PRESETS, module.SAMPLING, argv)
-    return cfg, run, run.load(load_data(cfg.dataset, cfg.image_size))
+    return cfg, run, run.load(load_data, cfg.dataset, cfg.image_size)
 
 
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory):
-    """{data set: folder} of smoke runs of the score-based script: pictures, points, series."""
+    """{data set: folder} of smoke runs of the score-based script: pictures and points."""
     import score_based_diffusion_example as score_based  # not every test needs it
 
     folders = {}
-    for name in ("digits8", "gaussians", "sines"):
+    for name in ("digits8", "gaussians"):
         cfg, run, data = open_run(score_based, tmp_path_factory.mktemp(name), "--dataset", name,
                                   "--preview_every", 100)
         score_based.train(cfg, run, data)

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "results"))
+sys.path.insert(0, str(ROOT / "experiments"))
 import make  # noqa: E402
 
 PAGES = [page for page in make.PAGES if (ROOT / page).exists()]

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from torch.testing import assert_close
 
-sys.path.insert(0, str(ROOT / "results"))
+sys.path.insert(0, str(ROOT / "experiments"))
 import judge as shipped  # noqa: E402
 
 

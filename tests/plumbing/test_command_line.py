@@ -232,7 +232,7 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     (["--dataset", "folder:/no/such/folder"], ["--dataset folder:/no/such/folder"]),
     (["--dataset", "folder:"], ["folder:"]),
     (["--dataset", "two_moons"], ["--dataset two_moons", "score_based"]),
-    (["--dataset", "csv:none.csv"], ["--dataset csv:none.csv", "score_based"]),
+    (["--dataset", "csv:none.csv"], ["--dataset csv:", "none.csv: must be one of", "experiments/series.py"]),
     (["--steps", "1" + 400 * "0"], ["--steps 1000", "at most 1e+09"]),
     (["--n_samples", "1" + 5000 * "0"], ["--n_samples"]),
     (["--sample", "a\0b"], ["--sample"]),

@@ -73,7 +73,7 @@ def test_a_smoke_run_writes_every_file_without_torchvision(smoke):
     assert found["sampling"]["n"] == 4 and found["sampling"]["network_calls"] == 20
     assert found["samples"]["legible_of_held_out"] > 0.93 and found["samples"]["legible"] < 0.01
     assert_close(found["bits_per_dim"]["total"], found["bits_per_dim"]["rate"] + found["bits_per_dim"]["distortion"])
-    assert found["total_seconds"] > found["train_seconds"] and found["peak_memory_mb"] > 50
+    assert found["total_seconds"] > found["train_seconds"]
     state = load(smoke)
     assert state["step"] == 6 and all(state[key] for key in ("model", "ema", "optimizer", "random", "config", "run"))
 
