@@ -7,12 +7,10 @@ import sys
 import urllib.error
 import warnings
 import zlib
-from pathlib import Path
 
 from common import data
 from common.cli import Mistake
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -87,7 +85,6 @@ def test_heavy_libraries_are_imported_on_use(tmp_path):
     code = f"""
 import sys
 import urllib.request
-from pathlib import Path
 from common import data
 
 def loaded():
@@ -396,16 +393,13 @@ def test_small_sizes_of_bundled_pictures(size):
     (data.load_images, "folder", ["the nearest is folder:PATH"]),
     (data.load_images, "Folder:/pictures", ["the nearest is folder:PATH"]),
     (data.load_images, "two_moons", ["which score_based_diffusion_example.py takes"]),
-    (data.load_images, "sines", ["which score_based_diffusion_example.py takes"]),
-    (data.load_images, "csv:a.csv", ["which score_based_diffusion_example.py takes"]),
+    (data.load_images, "sines", ["which experiments/series.py takes"]),
+    (data.load_images, "csv:a.csv", ["which experiments/series.py takes"]),
     (data.load_data, "moons", ["the nearest is two_moons", "gaussians", "digits", "folder:PATH"]),
-    (data.load_data, "sine", ["the nearest is sines"]),
+    (data.load_data, "sine", ["the nearest is sines, which experiments/series.py takes"]),
     (data.load_points, "Two-Moons", ["the nearest is two_moons"]),
     (data.load_points, "digits", ["must be one of swiss_roll"]),
-    (data.load_series, "sine", ["the nearest is sines"]),
-    (data.load_series, "folder:/x", ["must be one of sines"]),
     (data.load_images, "folder:", ["the nearest is folder:PATH"]),
-    (data.load_series, "csv:", ["the nearest is csv:PATH"]),
     (data.load_images, "", ["must be one of"]),
     (data.load_images, "a\0b", ["must be one of"])])
 def test_misspelt_names(read, name, words):
@@ -519,259 +513,7 @@ def test_a_data_folder_that_cannot_be_written(name, tmp_path, offline, monkeypat
     assert f"{tmp_path / 'file' / 'data'}" in said and "Not a directory" in said
 
 
-# Series and points
-
-
-@pytest.mark.parametrize("text, word", [
-    ("", "0 series of 0 numbers"), ("\n \n", "0 series"), ("a,b\n", "0 series"),
-    ("1,2", "1 series of 2 numbers"), ("1\n2\n3", "3 series of 1 numbers"),
-    ("1,2\n3", "row 2 has 1 numbers, must have 2"), ("h,i\n1,2\n\n3,4,5", "row 4 has 3 numbers, must have 2"),
-    ("1,2\n3,inf", "row 2, number 2 is 'inf'"), ("1,2\nnan,3", "row 2, number 1 is 'nan'"),
-    ("1,2\n3,", "row 2, number 2 is ''"), ("1,2\n3,4\nx,5", "row 3, number 1 is 'x'"),
-    ("day,1\n1,2\n3,4", "row 1, number 1 is 'day'"), ("-1e308,0\n1e308,0", "row 1, number 1 is '-1e308'"),
-    ("\x00\xff", "cannot be read")])
-def test_a_csv_that_is_no_table(tmp_path, text, word):
-    (tmp_path / "a.csv").write_text(text, encoding="latin-1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        said = refused(data.load_series, f"csv:{tmp_path / 'a.csv'}")
-    assert "a.csv" in said and word in said
-
-
-@pytest.mark.parametrize("path", ["", "none.csv", "x" * 300, "a\0b"])
-def test_a_csv_that_cannot_be_opened(tmp_path, path):
-    assert "dataset csv:" in refused(data.load_series, f"csv:{tmp_path}/{path}")
-
-
-def test_a_csv_of_one_value(tmp_path):
-    (tmp_path / "a.csv").write_text("5,5\n5,5\n")
-    said = refused(data.load_series, f"csv:{tmp_path / 'a.csv'}")
-    assert "all numbers of its training rows are 5" in said
-
-
-def test_series_far_from_zero_keep_their_digits(tmp_path):
-    table = 1e6 + np.random.default_rng(1).normal(size=(40, 6))
-    np.savetxt(tmp_path / "a.csv", table, delimiter=",")
-    found = data.load_series(f"csv:{tmp_path / 'a.csv'}")
-    same = found.rescale(found.offset, found.unit)
-    assert_close(same.test, found.test, rtol=0, atol=1e-6)
-    rows = torch.cat([found.train, found.test])[:, 0].double()
-    assert_close(np.sort(found.restore(rows).numpy(), 0), np.sort(table, 0), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("text", [
-    "1,2,3\n4,5,6\n", "a,b,c\n1,2,3\n4,5,6", '"x 1";"x 2";"x 3"\r\n"1";2;3\r\n\r\n4;5;"6"\r\n',
-    "1\t2\t3\n4\t5\t6\n",
-    "\ufeff1,2,3\n4, 5 ,6e0\n", '"a, or b",c,d\n1,2,3\n4,5,6', "\n \n1;2;3\n4;5;6",
-    '"a, or b, or c";"d";"e"\n1;2;3\n4;5;6'])
-def test_a_csv_is_read_as_people_write_it(text, tmp_path):
-    (tmp_path / "a.csv").write_bytes(text.encode())
-    found = data.read_csv("csv:a.csv", tmp_path / "a.csv")
-    assert found.tolist() == [[1, 2, 3], [4, 5, 6]]
-
-
-def test_a_row_of_zeros_is_no_header(tmp_path):
-    (tmp_path / "a.csv").write_text("0,0\n1,2\n")
-    assert data.read_csv("csv:a.csv", tmp_path / "a.csv").tolist() == [[0, 0], [1, 2]]
-
-
-def test_series_are_scaled_by_their_training_part_and_scaled_back(tmp_path):
-    table = 30 + 5 * np.random.default_rng(1).normal(size=(40, 6))
-    np.savetxt(tmp_path / "a.csv", table, delimiter=",")
-    found = data.load_data(f"csv:{tmp_path / 'a.csv'}")
-    assert found.train.shape == (36, 1, 6) and found.test.shape == (4, 1, 6)
-    assert abs(found.train.mean()) < 1e-5 and abs(found.train.std(correction=0) - 1) < 1e-5
-    assert abs(found.test.mean()) > 1e-5
-    rows = torch.cat([found.restore(found.train), found.restore(found.test)])[:, 0].double().numpy()
-    assert_close(np.sort(rows, 0), np.sort(table, 0), rtol=1e-5, atol=1e-4)
-    other = found.rescale(10.0, 2.0)
-    assert_close(other.train, (found.restore(found.train) - 10) / 2, rtol=1e-4, atol=1e-4)
-    assert_close(other.restore(other.test), found.restore(found.test), rtol=1e-5, atol=1e-4)
-    moved = other.to("cpu")
-    assert (moved.offset, moved.unit, moved.name) == (10.0, 2.0, found.name)
-
-
-@pytest.mark.parametrize("name", data.SERIES)
-def test_series_have_mean_0_and_std_1_over_the_training_part_alone(name):
-    found = data.load_data(name)
-    assert found.name == name and found.train.dtype == found.test.dtype == torch.float32
-    assert_close(found.train.double().mean().item(), 0.0, rtol=0, atol=1e-6)
-    assert_close(found.train.double().std(correction=0).item(), 1.0, rtol=0, atol=1e-6)
-    every = torch.cat([found.train, found.test]).double()
-    assert abs(every.mean()) > 1e-4 and abs(every.std(correction=0) - 1) > 1e-4
-    assert found.train_labels is None and found.classes == ()
-
-
-def test_written_series_are_read_back_as_the_same_rows(tmp_path):
-    table = np.random.default_rng(2).normal(7, 3, (21, 5)).astype(np.float32).astype(float)
-    np.savetxt(tmp_path / "a.csv", table, delimiter=",")
-    found = data.load_series(f"csv:{tmp_path / 'a.csv'}")
-    rows = found.restore(torch.cat([found.train, found.test]))[:, 0].numpy()
-    np.savetxt(tmp_path / "b.csv", rows, delimiter=",")
-    again = data.read_csv("csv:b.csv", tmp_path / "b.csv")
-    assert np.array_equal(again, rows.astype(float))
-    assert np.allclose(again[again[:, 0].argsort()], table[table[:, 0].argsort()], rtol=1e-6, atol=1e-6)
-
-
-def test_series_in_another_unit_keep_what_they_stand_for():
-    x, y = torch.tensor([[[1.0, 3.0]], [[-1.0, 0.5]]]), torch.tensor([[[2.0, 4.0]]])
-    found = data.Data("toy", x, y, offset=10.0, unit=4.0)
-    assert_close(found.restore(x), torch.tensor([[[14.0, 22.0]], [[6.0, 12.0]]]))
-    other = found.rescale(6.0, 2.0).to("cpu")
-    assert_close(other.train, torch.tensor([[[4.0, 8.0]], [[0.0, 3.0]]]))
-    assert_close(other.test, torch.tensor([[[6.0, 10.0]]]))
-    assert (other.offset, other.unit) == (6.0, 2.0) and (found.offset, found.unit) == (10.0, 4.0)
-    assert_close(other.restore(other.test), found.restore(found.test))
-    moved = other.to("meta")
-    assert moved.train.is_meta and moved.test.is_meta and (moved.offset, moved.unit) == (6.0, 2.0)
-
-
-def test_sines_are_one_wave_each_under_noise():
-    found = data.load_series("sines")
-    assert found.train.shape == (1000, 1, 128) and found.test.shape == (250, 1, 128)
-    assert torch.equal(found.train, data.load_series("sines").train)
-    assert not torch.equal(found.train, data.load_series("sines", seed=1).train)
-    x = found.restore(torch.cat([found.train, found.test]))[:, 0].double().numpy()
-    grid, rest, sizes, speeds = np.linspace(0, 1, 128), [], [], []
-    for series in x[:40]:  # the best wave of any frequency leaves noise of 0.1
-        def left(f, series=series):
-            waves = np.stack([np.sin(2 * np.pi * f * grid), np.cos(2 * np.pi * f * grid)], 1)
-            weights = np.linalg.lstsq(waves, series, rcond=None)[0]
-            sizes.append(np.linalg.norm(weights))
-            return series - waves @ weights
-        speeds.append(min(np.linspace(1, 9, 161), key=lambda f: left(f).std()))
-        rest.append(left(speeds[-1]).std())
-        sizes[len(rest) - 1:] = sizes[-1:]
-    assert 1.9 < min(speeds) < 2.6 and 7.4 < max(speeds) < 8.1
-    assert 0.45 < min(sizes) < 0.55 and 0.95 < max(sizes) < 1.05
-    assert np.mean(rest) == pytest.approx(0.1, abs=0.006)
-
-
-def test_windows_of_the_recording_are_held_out_whole(monkeypatch):
-    found = data.load_series("membrane")
-    assert found.shape == (1, 128) and len(found.train) == 1003 and len(found.test) == 156
-    assert torch.equal(found.train[1, 0, :-1], found.train[0, 0, 1:])
-    potential = found.restore(found.train)
-    assert -0.7 < potential.min() < -0.4 and -0.1 < potential.max() < 0.1
-    recorded = np.fromfile(Path(matplotlib.get_data_path()) / "sample_data" / "membrane.dat", np.float32)
-    recorded = torch.from_numpy(recorded[1400:7050:4].copy())
-    seen = len(found.train) + 127  # values of the recording before the first that is held out
-    wanted = recorded[seen:].unfold(0, 128, 1)
-    held_out = found.restore(found.test[:, 0])
-    assert_close(held_out.sort(0).values, wanted.sort(0).values, rtol=1e-4, atol=1e-4)
-    assert (held_out - wanted).abs().max() > 0.1  # shuffled
-    monkeypatch.setattr(matplotlib, "get_data_path", lambda: "/nowhere")
-    assert "/nowhere" in refused(data.load_series, "membrane")
-
-
-# A person's own picture and mask
-
-
-def ask(tmp_path, picture=None, mask=None, shape=(1, 4, 6)):
-    """read_question of pixel arrays, written as files."""
-    names = []
-    for name, pixels in (("picture.png", picture), ("mask.png", mask)):
-        if pixels is not None:
-            Image.fromarray(np.asarray(pixels, np.uint8)).save(tmp_path / name)
-        names.append("" if pixels is None else str(tmp_path / name))
-    return data.read_question(*names, shape)
-
-
-def test_a_picture_and_its_mask_are_read_alike(tmp_path):
-    """Known where white; both fitted to the network's size, grey or in three channels."""
-    rng = np.random.default_rng(0)
-    picture, mask = rng.integers(0, 256, (6, 6, 3)), 255 * (rng.random((6, 6)) < 0.5)
-    x, known = ask(tmp_path, picture, mask, (3, 6, 6))
-    assert_close(x[0], torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1)
-    assert torch.equal(known[0, 0], torch.from_numpy(mask) == 255)
-    x, known = ask(tmp_path, picture, None, (1, 6, 6))
-    assert known is None
-    assert_close(x[0, 0], torch.from_numpy(picture).float().mean(2) / 127.5 - 1, rtol=0, atol=1e-5)
-    halves = np.repeat([[0, 255]], 6, 0).repeat(6, 1)  # 6 x 12, the middle 6 x 6 is cut out
-    x, known = ask(tmp_path, np.stack([halves] * 3, 2), halves, (1, 3, 3))
-    assert x.shape == known.shape == (1, 1, 3, 3)
-    assert known[0, 0].tolist() in ([[False, False, True]] * 3, [[False, True, True]] * 3)
-    x, known = ask(tmp_path, None, 255 * np.eye(4, 6), (1, 4, 6))
-    assert x is None and known[0, 0].nonzero().tolist() == [[i, i] for i in range(4)]
-    assert data.read_question("", "", (1, 4, 6)) == (None, None)
-
-
-def test_a_turned_picture_has_the_size_that_is_seen(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    Image.fromarray(np.repeat([[0], [255]], 2, 0).repeat(8, 1).astype(np.uint8)).save(
-        tmp_path / "a.png", exif=exif)
-    Image.fromarray(np.tri(8, 4, dtype=np.uint8) * 255).save(tmp_path / "m.png")
-    x, known = data.read_question(str(tmp_path / "a.png"), str(tmp_path / "m.png"), (1, 4, 4))
-    assert x.shape == (1, 1, 4, 4)
-    assert x[0, 0].tolist() == [[1, 1, -1, -1]] * 4  # what is above lies to the right
-    assert known[0, 0].tolist() == np.tri(8, 4, dtype=bool)[2:6].tolist()
-
-
-def test_a_picture_and_its_mask_keep_their_middle(tmp_path):
-    """A 4 x 8 picture is cut to the middle 4 x 4, then halved; where it is known goes along."""
-    columns = np.tile([0, 0, 40, 40, 200, 200, 255, 255], (4, 1))
-    x, known = ask(tmp_path, columns, 255 * (columns >= 200), (1, 2, 2))
-    assert_close(x[0, 0, 0] * 127.5 + 127.5, torch.tensor([40.0, 200.0]), rtol=0, atol=25)
-    assert known[0, 0].tolist() == [[False, True]] * 2
-    x, known = ask(tmp_path, columns.T, 255 * (columns.T == 200), (1, 4, 4))
-    wanted = torch.tensor([40.0, 40.0, 200.0, 200.0])[:, None].expand(4, 4) / 127.5 - 1
-    assert_close(x[0, 0], wanted)
-    assert torch.equal(known[0, 0], wanted > 0)
-
-
-def test_a_grey_picture_is_three_equal_channels_for_a_network_of_three(tmp_path):
-    grey = np.arange(16).reshape(4, 4) * 17
-    x, _ = ask(tmp_path, grey, None, (3, 4, 4))
-    assert x.shape == (1, 3, 4, 4) and x.min() == -1 and x.max() == 1
-    assert_close(x, (torch.from_numpy(grey) / 127.5 - 1).float().expand(1, 3, 4, 4))
-
-
-def test_a_mask_of_16_bits_is_scaled_not_clipped(tmp_path):
-    Image.fromarray(np.array([[0, 9000], [40000, 65535]], np.uint16)).save(tmp_path / "m.png")
-    _, known = data.read_question("", str(tmp_path / "m.png"), (1, 2, 2))
-    assert known.tolist() == [[[[False, False], [True, True]]]]
-
-
-def test_a_mask_is_known_where_it_is_nearer_to_white(tmp_path):
-    _, known = ask(tmp_path, None, [[0, 127], [128, 255]], (1, 2, 2))
-    assert known.dtype == torch.bool and known.tolist() == [[[[False, False], [True, True]]]]
-
-
-@pytest.mark.parametrize("picture, mask, words", [
-    (np.zeros((5, 6)), np.eye(6), "mask mask.png: is 6 x 6 pixels, must be 6 x 5 like the picture"),
-    (None, np.eye(5), "mask mask.png: is 5 x 5 pixels, must be 6 x 4"),
-    (None, np.full((4, 6), 255), "mask mask.png: is white all over"),
-    (None, np.zeros((4, 6)), "mask mask.png: is black all over")])
-def test_a_mask_that_asks_nothing(picture, mask, words, tmp_path, monkeypatch):
-    said = refused(ask, tmp_path, picture, mask).replace(f"{tmp_path}/", "")
-    assert words in said
-
-
-@pytest.mark.parametrize("flag", ["image", "mask"])
-def test_what_is_no_picture(flag, tmp_path):
-    (tmp_path / "a.png").write_text("no picture")
-    for path in (tmp_path / "a.png", tmp_path, tmp_path / "none.png"):
-        files = (str(path), "") if flag == "image" else ("", str(path))
-        said = refused(data.read_question, *files, (1, 4, 6))
-        assert said.startswith(f"{flag} {path}: cannot be read as a picture")
-
-
-def test_masks_say_what_is_known():
-    masks = data.make_masks(12, 20)
-    shares = {name: mask.double().mean().item() for name, mask in masks.items()}
-    assert all(mask.shape == (1, 1, 12, 20) and mask.dtype == torch.bool for mask in masks.values())
-    assert shares["half"] == 0.5 and masks["half"][..., :10].all()
-    assert shares["box"] == 0.75 and not masks["box"][0, 0, 3:9, 5:15].any()
-    assert torch.equal(masks["border"], ~masks["box"])
-    assert 0.2 < shares["pixels"] < 0.4
-    many = data.make_masks(100, 100)["pixels"]
-    assert many.double().mean() == pytest.approx(0.3, abs=0.02)
-    assert not torch.equal(many, data.make_masks(100, 100)["pixels"])
-    odd = data.make_masks(5, 7)
-    for mask in (odd["box"], odd["border"]):
-        assert torch.equal(mask, mask.flip(2)) and torch.equal(mask, mask.flip(3))
-    assert odd["border"].sum() == 3 * 3 and odd["half"].sum() == 5 * 4
+# Points
 
 
 def test_a_density_keeps_the_type_and_device_of_its_points():

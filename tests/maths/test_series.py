@@ -1,0 +1,153 @@
+"""experiments/series.py: its network, forecasts from an exact score, spectra."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from exact_scores import SDES, Correlated
+from torch.testing import assert_close
+
+sys.path.append(str(ROOT / "experiments"))
+import series  # noqa: E402
+
+
+def awake(network):
+    """The network with no weight left at the zero that it starts from."""
+    with torch.no_grad():
+        for p in network.parameters():
+            if not p.any():
+                p.normal_(std=0.3)
+    return network.eval()
+
+
+# The network
+
+
+def test_the_network_moves_with_its_input_where_padding_is_not_seen():
+    """Dilations 1, 2, 4 behind a first 3: eight values see the edge on either side."""
+    net = awake(series.SeriesNet(8, 3)).double()
+    x, t = torch.randn(2, 1, 64).double(), torch.tensor([0.3, 0.8]).double() * 999
+    y, moved = net(x, t), net(x.roll(5, 2), t)
+    assert_close(moved[..., 13:-8], y[..., 8:-13], rtol=1e-9, atol=1e-12)
+    assert (moved[..., :5] - y.roll(5, 2)[..., :5]).abs().max() > 1e-6
+    changed = x.clone()
+    changed[..., 32] += 1
+    reached = (net(changed, t) - y).abs().amax((0, 1)) > 0
+    assert reached[24:41].all() and not reached[:24].any() and not reached[41:].any()
+    changed = x.clone()
+    changed[..., 0] += 1  # nor does the start reach the end
+    assert not ((net(changed, t) - y).abs().amax((0, 1)) > 0)[9:].any()
+
+
+@pytest.mark.parametrize("length", [2, 7, 128])
+@pytest.mark.parametrize("fourier", [False, True])
+def test_the_network_takes_any_length_and_hears_the_time(length, fourier):
+    net, x = awake(series.SeriesNet(8, 9, fourier)), torch.randn(3, 1, length)
+    a, b = (net(x, torch.full((3,), t)) for t in (1.0, 2.0))
+    assert a.shape == x.shape and (a - b).abs().max() > 1e-5
+    assert [block.conv1.dilation for block in net.blocks][-3:] == [(1, 64), (1, 1), (1, 2)]
+    assert (series.SeriesNet(8, 3)(x, torch.ones(3)) == 0).all()  # it starts as zero
+
+
+# Forecasts
+
+
+def ar1(L, rho=0.9):
+    """The covariance of an AR(1) process of variance 1."""
+    lag = (torch.arange(L)[:, None] - torch.arange(L)).abs()
+    return rho ** lag.double()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ve", "vp"])
+def test_forecasts_of_an_ar1_process_have_its_conditional_mean_and_variance(name):
+    """Of three values behind five: rho^k times the last one, 1 - rho^2k.
+
+    With five corrector steps within 0.15, and 25 % of the variance; a predictor alone goes half the way.
+    """
+    sde, L, rho = SDES[name](), 8, 0.9
+    data = Correlated(sde, [0.0] * L, ar1(L, rho).tolist())
+    x = torch.tensor([0.3, -0.2, 0.1, 0.6, 1.2, 0.0, 0.0, 0.0]).double().view(1, 1, L)
+    known = torch.arange(L) < 5
+    k, means = torch.arange(1, 4).double(), []
+    for corrector_steps in (0, 5):
+        cfg = series.Config(inpaint_N=100, inpaint_corrector=corrector_steps, inpaint_snr=0.3)
+        found = series.futures(cfg, lambda x, t: data(x[:, 0], t)[:, None], sde, x, known.view(1, 1, L),
+                               2000)
+        assert found.shape == (2000, 1, 1, L)
+        assert (found[..., :5] == x[..., :5]).all()
+        means.append(found[:, 0, 0, 5:].mean(0))
+    assert_close(means[1], 1.2 * rho**k, rtol=0, atol=0.15)
+    assert_close(found[:, 0, 0, 5:].var(0), 1 - rho ** (2 * k), rtol=0.25, atol=0)
+    assert (means[0] / means[1] < 0.65).all()
+
+
+def test_futures_are_those_of_their_own_series():
+    """The first axis is the draw, the second the series; each keeps what is known of it."""
+    sde, cfg = SDES["vp"](), series.Config(inpaint_N=3, inpaint_corrector=0)
+    x = torch.arange(12.0).view(3, 1, 4)
+    known = torch.tensor([True, True, False, False]).expand_as(x)
+    found = series.futures(cfg, lambda x, t: -x, sde, x, known, 5)
+    assert found.shape == (5, 3, 1, 4)
+    assert (found[..., :2] == x[..., :2]).all()
+    assert found[..., 2:].std(0).min() > 0
+
+
+@pytest.mark.parametrize("asked, length, horizon", [(0, 128, 32), (0, 3, 1), (5, 20, 5)])
+def test_what_is_not_known_is_as_long_as_the_forecast(asked, length, horizon):
+    parts = series.unknown_parts(series.Config(forecast=asked), length)
+    assert list(parts) == ["forecast", "gap"]
+    assert all(known.shape == (1, 1, length) and (~known).sum() == horizon for known in parts.values())
+    assert not parts["forecast"][0, 0, -horizon:].any()
+    gap = (~parts["gap"][0, 0]).nonzero()[:, 0]
+    assert (gap.diff() == 1).all() and abs(gap[0] - (length - 1 - gap[-1])) <= 1  # in the middle
+
+
+# Spectra
+
+
+def test_the_spectrum_of_a_wave_is_one_line_and_that_of_noise_is_flat():
+    t = torch.arange(64) / 64
+    waves = torch.sin(2 * torch.pi * (5 * t + torch.rand(10, 1)))[:, None]
+    power = series.spectrum(waves)
+    assert power.shape == (33,)
+    assert_close(power, torch.zeros(33).index_fill(0, torch.tensor(5), 16.0), rtol=1e-4, atol=1e-4)
+    assert_close(series.spectrum(torch.randn(4000, 1, 64)), torch.ones(33), rtol=0.1, atol=0)
+
+
+def test_autocorrelation_is_that_of_its_definition():
+    x = torch.randn(6, 1, 9).cumsum(2)
+    wanted = torch.zeros(6, 5)
+    for i, one in enumerate(x[:, 0] - x[:, 0].mean(1, keepdim=True)):
+        for lag in range(5):
+            wanted[i, lag] = (one[:9 - lag] * one[lag:]).sum() / (one**2).sum()
+    assert_close(series.autocorrelation(x), wanted.mean(0))
+
+
+def test_autocorrelation_of_noise_waves_and_silence():
+    found = series.autocorrelation(torch.randn(4000, 1, 64))
+    assert_close(found[0].item(), 1.0)
+    assert found.shape == (33,) and found[1:].abs().max() < 0.03
+    phases = 2 * torch.pi * torch.arange(4)[:, None] / 4
+    waves = torch.sin(2 * torch.pi * 3 * torch.arange(48) / 48 + phases)[:, None] + 5
+    lag = torch.arange(25)
+    wanted = (1 - lag / 48) * torch.cos(2 * torch.pi * 3 * lag / 48)  # fewer pairs at a longer lag
+    assert_close(series.autocorrelation(waves), wanted, rtol=0, atol=1e-4)
+    assert series.autocorrelation(torch.zeros(2, 1, 8)).tolist() == [0] * 5
+
+
+def test_the_spectral_distance_is_in_decibels():
+    x = torch.randn(50, 1, 32)
+    assert series.spectral_distance(x, x) == 0
+    assert series.spectral_distance(x, 2 * x) == pytest.approx(10 * np.log10(4), rel=1e-4)
+    assert series.spectral_distance(2 * x, x) == series.spectral_distance(x, 2 * x)
+    silent = torch.zeros(3, 1, 32)
+    assert series.spectral_distance(silent, silent) == 0
+    # other gains at other frequencies: the root of the mean of the squares
+    gains = torch.tensor([1.0, 2.0, 10.0, 0.5, 1.0, 3.0, 1.0, 0.1, 1.0])
+    x = torch.randn(5, 1, 16)
+    other = torch.fft.irfft(torch.fft.rfft(x) * gains, 16)
+    wanted = (20 * gains.log10()).square().mean().sqrt().item()
+    assert series.spectral_distance(x, other) == pytest.approx(wanted, rel=1e-3)
