@@ -1,7 +1,7 @@
 """U-Net and Diffusion Transformer, each trained for the same time.
 
     python experiments/compare.py                  240 seconds each
-    python experiments/compare.py --compare 60 --sampler ancestral
+    python experiments/compare.py --seconds 60 --sampler ancestral
 
 compare.png      samples of both from the same noises, with their scores; the runs of
                  both networks are the folders unet and dit beside it
@@ -28,12 +28,12 @@ from common.run import open_run  # noqa: E402
 class Config(conditional.Config):
     """The page's settings, and the time."""
 
-    compare: Positive = 240.0  # seconds of training for each of the two networks
+    seconds: Positive = 240.0  # seconds of training for each of the two networks
 
 
 PRESETS = {name: Config(**vars(cfg)) for name, cfg in conditional.PRESETS.items()}
 # What this script chooses itself
-CHOSEN = {"backbone": "both are trained", "steps": "--compare gives the time",
+CHOSEN = {"backbone": "both are trained", "steps": "--seconds gives the time",
           "w": "--w_samples is the weight of the samples"}
 
 
@@ -59,12 +59,12 @@ def main(argv=None):
         if getattr(run.opts, name) is not None:
             raise Mistake(f"--{name}: must be left out, both networks are trained anew")
     if run.launch.world > 1:
-        raise Mistake(f"compare {cfg.compare:g}: must be run in one process")
+        raise Mistake(f"seconds {cfg.seconds:g}: must be run in one process")
     data = run.load(load_images, cfg.dataset, cfg.image_size)
     classes = conditional.asked_classes(cfg, data)
     schedule = conditional.make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T)
     schedule = schedule.to(run.device)
-    seconds = cfg.compare
+    seconds = cfg.seconds
     cfg = conditional.Config(**{field.name: getattr(cfg, field.name)
                                 for field in fields(conditional.Config)})
     networks = {name: replace(cfg, backbone=name) for name in ("unet", "dit")}

@@ -282,9 +282,10 @@ def test_guidance_on_a_device(backbone, guidance, sampler, device):
     net, classifier = (NETWORKS[name]().to(device) for name in (backbone, "classifier"))
     net = conditional.VPrediction(net, conditional.make_schedule("linear", 2).alpha_bars).to(device)
     y = torch.tensor([0, 2], device=device)
-    for w, xT in ((2.0, None), (torch.tensor([0.0, 1.0], device=device), torch.randn(SHAPE, device=device))):
-        assert_there(conditional.sample(net, SHAPE, schedule, y, w, guidance, classifier, sampler, 1, 1.0,
-                                        xT=xT), shape=SHAPE)
+    settings = conditional.Config(guidance=guidance, sampler=sampler, S=1, eta=1.0)
+    for w in (2.0, torch.tensor([0.0, 1.0], device=device)):
+        xT = torch.randn(SHAPE, device=device)
+        assert_there(conditional.sample(settings, net, xT, schedule, y, w, classifier), shape=SHAPE)
     dropped = conditional.drop_labels(y, 0.5, 3)
     assert dropped.device == device and dropped.dtype == torch.int64
     x, t = torch.randn(SHAPE, device=device), torch.tensor([1, 2], device=device)

@@ -17,7 +17,6 @@ from PIL import Image
 sys.path.insert(0, str(ROOT / "experiments"))
 import failures  # noqa: E402
 import gallery  # noqa: E402
-import guidance  # noqa: E402
 import how_many  # noqa: E402
 import race  # noqa: E402
 import sdes  # noqa: E402
@@ -122,18 +121,6 @@ def test_three_sdes_stand_beside_their_own_numbers(tmp_path, monkeypatch):
         "ve: 70% of 9 legible\nFréchet distance 5.2\n4.50 bits/dim")
     assert [len(row) for row in drawn[0]["rows"]] == [10, 10, 10]
     open_picture(tmp_path / "three_sdes.png")
-
-
-def test_guidance_is_drawn_of_both_evaluations(tmp_path, monkeypatch):
-    drawn = []
-    spied(monkeypatch, guidance, "figure_guidance", lambda given, _: drawn.append(given["scores"]))
-    row = {"n": 8, "accuracy": 0.5, "accuracy_of_held_out": 0.9, "recall": 0.6, "frechet_distance": 9.0,
-           "frechet_distance_of_held_out": 1.0}
-    for file, name in (("evaluation", "one"), ("evaluation_unconditional", "other")):
-        (tmp_path / f"{file}.json").write_text(json.dumps({"guidance_sweep": {name: {"-1": row, "2": row}}}))
-    guidance.main(tmp_path)
-    assert list(drawn[0]) == ["one", "other"]
-    open_picture(tmp_path / "guidance.png")
 
 
 @pytest.mark.slow
