@@ -11,8 +11,8 @@ and the sampler of [DDIM] (arXiv 2010.02502), whose x_0 and x_t are latents here
 
 Departures from the paper (`--preset paper` undoes 3, 4 and 5):
   1. the loss of stage 1 has neither LPIPS nor a discriminator (Eq. 25); the code's Adam
-     has betas (0.5, 0.9), it clips no gradients, and the middle of its encoder and of
-     its decoder has one more residual block;
+     has betas (0.5, 0.9), it clips no gradients, and its autoencoder has more residual
+     blocks, in the middle and at each level of the decoder;
   2. there is no codebook (App. G) and no conditioning (Sec. 3.3), the U-Net is that of
      [DDPM], its gradients are clipped, and all training images set the scale;
   3. the networks are small, the autoencoder works on 2x2 blocks of pixels, and its loss
@@ -46,7 +46,7 @@ class Config:
     """Each field is a flag: its type is the range, its comment the help text."""
 
     # autoencoder
-    vae: str = ""                # use the autoencoder of this run, and skip stage 1
+    vae: str = ""                # skip stage 1: use the autoencoder of this run or file
     factor: Literal[2, 4, 8] = 4        # downsampling factor f (paper: 1 to 32)
     z_channels: Count = 4        # channels of the latents (paper: 3 to 64)
     vae_channels: Count = 32     # width of the autoencoder's first level (code: 128)
@@ -70,7 +70,7 @@ class Config:
     # data
     dataset: str = "digits"      # digits, mnist, folder:PATH, ... (paper: ImageNet)
     image_size: Whole = 32       # resize or pad images to this size; 0 keeps theirs
-    flip: bool = False           # mirror images at random (code: LSUN; not for digits)
+    flip: bool = False           # mirror images at random (code: for LSUN only)
     # network
     channels: Count = 48         # width of the U-Net, even, at least 4 (paper: 224)
     mults: tuple[Count, ...] = (1, 2)    # relative width of each level (paper: 1 2 3 4)
@@ -85,7 +85,7 @@ class Config:
     steps: Count = 5000          # optimiser steps of stage 2 (paper: 410000)
     batch_size: Count = 32       # images per step, over all processes (paper: 48)
     lr: Positive = 1e-3          # peak learning rate of stage 2 (paper: 9.6e-5)
-    warmup: Whole = 200          # steps of learning-rate warm-up (code: 0, CelebA-HQ)
+    warmup: Whole = 200          # steps of learning-rate warm-up (code: 0)
     decay: Literal["cosine", "constant"] = "cosine"  # decay of lr (code: constant)
     weight_decay: NonNegative = 0.0  # AdamW's weight decay; 0 gives Adam (code: 0.01)
     grad_clip: Positive = 1.0    # largest norm of stage 2's gradient (code: no limit)
@@ -762,7 +762,8 @@ def main(argv=None):
     ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # S > T is a mistake
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     # The first step of DDIM divides the error of eps_hat by sqrt(alpha_bar_T), and
-    # latents have no range to which x0_hat could be clamped.
+    # latents have no range to clamp x0_hat to: no cosine from T = 50, no linear for
+    # T = 3 to 29, no scaled_linear for T = 3 to 20.
     if (end := schedule.alpha_bars[-1].item()) < 1e-6:
         raise Mistake(f"schedule {cfg.schedule}: ends, with --T {cfg.T}, at "
                       f"alpha_bar_T = {end:.1e}, which must be at least 1e-06")
