@@ -271,9 +271,10 @@ def find_labels(cells, values):
 
 def counts(values):
     """Whether numbers are whole, ascend and are evenly spaced, as 0, 1, 2, ... are."""
-    steps = np.diff(values)
-    return bool((values % 1 == 0).all() and (steps > 0).all()
-                and (steps == steps[:1]).all())
+    with np.errstate(all="ignore"):  # an infinite number does not count
+        steps = np.diff(values)
+        return bool((values % 1 == 0).all() and (steps > 0).all()
+                    and (steps == steps[:1]).all())
 
 
 def first_counts(rows):

@@ -120,7 +120,7 @@ def test_what_counts(values, wanted):
     ("", "0 series of 0 numbers"), ("\n \n", "0 series"), ("a,b\n", "0 series"),
     ("1,2", "1 series of 2 numbers"), ("1\n2\n3", "3 series of 1 numbers"),
     ("1,2\n3", "row 2 has 1 cells, must have 2"), ("h,i\n1,2\n\n3,4,5", "row 4 has 3 cells, must have 2"),
-    ("1,2\n3,inf", "row 2, cell 2 is 'inf'"), ("1,2\nnan,3", "row 2, cell 1 is 'nan'"),
+    ("1,2\n3,inf", "row 2, cell 2 is 'inf'"), ("1,2\n3,4\ninf,inf", "row 3, cell 1 is 'inf'"), ("1,2\nnan,3", "row 2, cell 1 is 'nan'"),
     ("1,2\n3,", "row 2, cell 2 is '', must be a finite number: fill it in, or leave the row out"),
     ("1,2\n3,4\nx,5", "row 3, cell 1 is 'x'"), (",a,b\n0,1,2\n1,3,x\n2,4,4", "row 3, cell 3 is 'x'"),
     ("-1e308,0\n1e308,0", "row 1, cell 1 is '-1e308'"),
