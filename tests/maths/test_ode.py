@@ -35,7 +35,7 @@ def test_rk45_follows_the_exact_flow(name):
 
 @pytest.mark.slow
 @every_sde
-@pytest.mark.parametrize("steps", [None, 400], ids=["rk45", "rk4"])
+@pytest.mark.parametrize("steps", [None, 200], ids=["rk45", "rk4"])
 def test_encode_then_decode_returns_the_input(name, steps):
     sde = SDES[name]()
     data = Mixture(sde)
