@@ -13,9 +13,9 @@ classes.png         the classes asked for, by every sampler, with a noisy classi
 
 The model is one of score_based_diffusion_example.py: its newest run, or the shipped
 one. `imputation` and `conditional_score` are the page's. As in the paper a completion
-is approximate: each step sees one noised draw of what is known, and corrector steps
-bring it nearer: five with r = 0.4, where the authors' code has one with the r of
-sampling.
+is approximate: each step sees one noised draw of what is known. Corrector steps bring
+it nearer; here there are five with r = 0.4, in the authors' code one with the r of
+sampling. [SDE] is arXiv 2011.13456, [ADM] arXiv 2105.05233.
 """
 
 import sys

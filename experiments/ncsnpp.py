@@ -8,12 +8,13 @@
 samples.png, preview.png, denoising.gif, loss.png    as of the page
 
 The SDEs, the loss and the samplers are those of the page
-score_based_diffusion_example.py ([SDE]); new here is the network of App. H, each of
-whose options is a flag. NCSN++ has all of them and Fourier features of the time, DDPM++
-has `skip_rescale` and `biggan`. Departures from the paper: those of the page, PyTorch's
-initial weights and its 1e-5 in the group norms (code: uniform weights scaled by the
-mean of both fans, and 1e-6); `--preset ncsnpp` and `ddpmpp` keep these, and the page's
-departures 3, 4, 6 and 7.
+score_based_diffusion_example.py; new here is the network of App. H ([SDE], arXiv
+2011.13456), each of whose options is a flag. NCSN++ has all of them, and random Fourier
+features of the time; DDPM++ has `skip_rescale` and `biggan`.
+
+Departures from the paper: those of the page (`--preset ncsnpp` and `ddpmpp` keep its 3,
+4, 6 and 7), PyTorch's initial weights, and its 1e-5 in the group norms. The authors'
+code has uniform weights scaled by the mean of both fans, and 1e-6.
 """
 
 import math

@@ -12,7 +12,8 @@ denoising.gif, preview.png, loss.png    as of pictures
 
 The SDEs, the loss, the samplers and the imputation are those of the page
 score_based_diffusion_example.py, which take a tensor of any shape. New here are the
-network (dilated convolutions, as in WaveNet) and the reading of tables.
+network (dilated convolutions, as in WaveNet) and the reading of tables. [SDE] is arXiv
+2011.13456.
 """
 
 import csv

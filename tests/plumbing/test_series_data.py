@@ -77,6 +77,7 @@ DATES = [f"2024-01-0{day}" for day in range(1, 5)]
     (written(header=["a, or b", "b", "c"], mark=";"), HEADER),
     (written(header=['"a, or b"', "b", "c"]), HEADER),
     (written(mark=" ", decimal=","), ""),
+    (written(index=DATES, mark=" ", decimal=","), INDEX),
     (written(mark=", "), ""), (written(mark=" ,"), ""), (written(mark="   "), ""),
     ("\ufeff" + written(header="abc"), HEADER),
     (written().replace("\n", ",\n"), ""),  # a comma at the end of each row
