@@ -125,15 +125,16 @@ def test_three_sdes_stand_beside_their_own_numbers(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_unique_codes_are_of_two_networks_and_the_same_points(tmp_path, monkeypatch):
-    encoded, drawn = [], []
-    spied(monkeypatch, unique_codes.score_based, "ode_encode", lambda given, out: encoded.append((given, out)))
+    encoded, codes, drawn = [], [], []
+    spied(monkeypatch, unique_codes.sb, "ode_process", lambda given, _: encoded.append(given))
+    spied(monkeypatch, unique_codes.sb, "final", lambda _, out: codes.append(out))
     spied(monkeypatch, unique_codes.plotting, "curves", lambda given, _: drawn.append(given["parts"]))
     a, b = unique_codes.main((8, 16), n=20, folder=tmp_path, changes={"steps": 3, "batch_size": 8},
                              out=tmp_path / "runs", device="cpu")
-    (first, code), (second, other) = encoded
     test = load_points("swiss_roll").test[:20]
-    assert torch.equal(first["x"], test) and torch.equal(second["x"], test)
-    assert torch.equal(a, code) and torch.equal(b, other) and not torch.equal(a, b)
+    assert all(torch.equal(given["x"], test) and (given["t"], given["s"]) == (1e-3, 1.0) for given in encoded)
+    assert torch.equal(a, codes[0]) and torch.equal(b, codes[1]) and not torch.equal(a, b)
+    assert len(encoded) == len(codes) == 2
     for i, part in enumerate(drawn[0]):
         x, y = part["points"]["_"]
         assert torch.equal(x, a[:, i]) and torch.equal(y, b[:, i])
