@@ -7,6 +7,7 @@ does, and float64, as MPS does; a copy to the CPU gives numbers, none of them co
 
 import ast
 import functools
+import sys
 from pathlib import Path
 
 import conditional_diffusion_example as conditional
@@ -22,6 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "experiments"))
+import controllable  # noqa: E402
+import ncsnpp  # noqa: E402
+import series  # noqa: E402
+
 SOURCES = [*sorted(ROOT.glob("*_example.py")), *sorted((ROOT / "common").glob("*.py"))]
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
@@ -89,16 +95,17 @@ def unet(module, **how):
     return module.UNet(1, 8, 8, (1, 2), 1, (4,), 1, 4, 0.0, how.pop("patch", 1), **how)
 
 
-SCORE_OPTIONS = {
-    "plain": {}, "fourier": {"fourier": True}, "fir": {"fir": True}, "biggan": {"biggan": True},
-    "progressive": {"progressive_input": True}, "ncsnpp": dict.fromkeys(
-        ("fourier", "fir", "skip_rescale", "biggan", "progressive_input"), True)}
+NCSNPP_OPTIONS = {
+    "fir": {"fir": True}, "biggan": {"biggan": True}, "progressive": {"progressive_input": True},
+    "all": dict.fromkeys(("fourier", "fir", "skip_rescale", "biggan", "progressive_input"), True)}
 NETWORKS = {
     "ddpm": lambda: unet(ddpm), "ddim": lambda: unet(ddim), "latent": lambda: unet(latent),
     "patched": lambda: unet(ddpm, patch=2), "conditional": lambda: unet(conditional, classes=3),
     "dit": lambda: conditional.DiT(1, 8, 4, 16, 2, 2, 3),
     "classifier": lambda: conditional.NoisyClassifier(1, 3, 8, 4, 2),
-    **{f"score_{name}": functools.partial(unet, sb, **how) for name, how in SCORE_OPTIONS.items()}}
+    "score": lambda: unet(sb), "score_fourier": lambda: unet(sb, fourier=True),
+    **{f"ncsnpp_{name}": functools.partial(unet, ncsnpp, **options)
+       for name, options in NCSNPP_OPTIONS.items()}}
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -302,27 +309,27 @@ SDES = {"ve": sb.VESDE, "vp": sb.VPSDE, "vp_cosine": lambda: sb.VPSDE(kind="cosi
         "subvp": sb.SubVPSDE}
 
 
-def test_an_sde_draws_where_it_is():
+def test_an_sde_draws_where_it_is_asked_to():
     for make in SDES.values():
         sde = make()
         torch.manual_seed(1)
         wanted = sde.prior_std * torch.randn(5, 2)
         torch.manual_seed(1)
-        assert torch.equal(sde.prior_sampling((5, 2)), wanted)  # the CPU unless told otherwise
-        assert sde.to(DEVICE) is sde and sde.prior_sampling((5, 2)).device == DEVICE
-        assert make().prior_sampling((5, 2)).device.type == "cpu"  # another one stays
+        assert torch.equal(sde.prior_sampling((5, 2)), wanted)  # the CPU where no device is named
+        assert sde.prior_sampling((5, 2), DEVICE).device == DEVICE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, shape", [
     ("ve", (2, 1, 8, 8)), ("vp_cosine", (2, 2)), ("subvp", (2, 2)), ("ve", (2, 1, 9)), ("vp", (2, 1, 9))])
 def test_sde_losses_on_a_device(name, shape, device):
-    sde, fourier = SDES[name]().to(device), name == "ve"
-    net = {2: lambda: sb.ScoreMLP(2, 16, 1, fourier), 3: lambda: sb.SeriesNet(8, 2, fourier),
+    sde, fourier = SDES[name](), name == "ve"
+    net = {2: lambda: sb.ScoreMLP(2, 16, 1, fourier), 3: lambda: series.SeriesNet(8, 2, fourier),
            4: lambda: unet(sb, fourier=fourier)}[len(shape)]().to(device)
     x0 = torch.randn(shape, device=device)
     for weighting in ("simple", "likelihood"):
-        loss = sb.score_loss(net, sde, x0, weighting)
+        t, density = (part.to(device) for part in sb.draw_times(sde, 2, weighting))
+        loss = sb.score_loss(net, sde, x0, t, torch.randn_like(x0), weighting, density)
         loss.backward()
         assert_there(loss, *(p.grad for p in net.parameters() if p.grad is not None))
 
@@ -330,42 +337,39 @@ def test_sde_losses_on_a_device(name, shape, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, shape", [("ve", (2, 2)), ("vp", (2, 1, 1, 3)), ("subvp", (2, 2))])
 def test_sde_samplers_on_a_device(name, shape, device):
-    sde, x0 = SDES[name]().to(device), torch.randn(shape, device=device)
-    score = sb.score_fn(lambda x, t: x.sin() + sb.over(t, x), sde, clip_x0=len(shape) == 4)
-    samplers = [sb.euler_maruyama, sb.reverse_diffusion, sb.predictor_corrector]
-    if "ancestral" in sde.samplers:
-        samplers.append(sb.ancestral_sampling)
-    for sampler in samplers:
-        both(functools.partial(sampler, score, sde, shape, 1), device, shape)
-    for method in ("rk4", "rk45"):
-        assert_there(sb.probability_flow_ode(score, sde, shape, method, 1, 0.5), shape=shape)
-    z = sb.ode_encode(score, sde, x0, tolerance=0.5)
-    assert_there(z, sb.slerp(z, x0, 0.5), sb.dequantize(x0), shape=shape)
+    sde, x0 = SDES[name](), torch.randn(shape, device=device)
+    score = sb.score_fn(lambda x, t: x.sin() + sb.per_example(t, x), sde, clip_x0=len(shape) == 4)
+    cfg = sb.Config(sde=name, tolerance=0.5)
+    for method in sb.make_methods(cfg, sde, calls=2).values():
+        xT = sde.prior_sampling(shape, device)
+        assert_there(sb.final(sb.sampling_process(method, score, sde, xT)), shape=shape)
+    z = sb.final(sb.ode_process(score, sde, x0, sde.eps, sde.T, tolerance=0.5))
+    assert_there(z, sb.dequantize(x0), sb.rescaled(sde, z, 1.0), shape=shape)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ve", "vp", "subvp"])
 def test_controllable_generation_on_a_device(name, device):
-    sde = SDES[name]().to(device)
+    sde = SDES[name]()
     x, grey = torch.randn(2, 3, 2, 2, device=device), torch.randn(2, 1, 2, 2, device=device)
     mask = torch.tensor([True, False], device=device)
 
     def score(x, t):
-        return -x * sb.over(t, x)
+        return -x * sb.per_example(t, x)
 
     def classifier(x, t):
         return x.flatten(1)[:, :3] * t[:, None]
 
     guided = sb.conditional_score(score, classifier, torch.tensor([0, 2], device=device))
-    assert_there(sb.inpaint(guided, sde, x, mask, 1, corrector_steps=1), sb.colorize(score, sde, grey, 1),
+    assert_there(controllable.inpaint(guided, sde, x, mask, 1), controllable.colorize(score, sde, grey, 1),
                  shape=x.shape)
 
 
 @pytest.mark.parametrize("name, trace, probe", [
     ("ve", "exact", ""), ("vp", "hutchinson", "rademacher"), ("subvp", "hutchinson", "gaussian")])
 def test_likelihood_on_a_device(name, trace, probe, device):
-    sde, x0 = SDES[name]().to(device), torch.randn(2, 2, device=device)
-    score = sb.score_fn(lambda x, t: x.sin() + sb.over(t, x), sde)
+    sde, x0 = SDES[name](), torch.randn(2, 2, device=device)
+    score = sb.score_fn(lambda x, t: x.sin() + sb.per_example(t, x), sde)
     assert_there(sb.log_likelihood(score, sde, x0, trace, probe, tolerance=0.5), shape=(2,))
 
 
