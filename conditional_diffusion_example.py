@@ -192,6 +192,7 @@ def beta_tilde(t, schedule):
 
 def drop_labels(y, p_uncond, null):
     """Replace each label of y: (B,) by the null class with probability p_uncond."""
+    # [CFG] Alg. 1, line 3: c <- the empty set with probability p_uncond
     dropped = torch.rand(len(y), device=y.device) < p_uncond
     return torch.where(dropped, null, y)
 
