@@ -238,6 +238,7 @@ class VPSDE(SDE):
         if self.kind == "linear":
             # [SDE] App. C: beta(t) = beta_min + t (beta_max - beta_min)
             return self.beta_min + t * (self.beta_max - self.beta_min)
+        # e^(-B) is the squared cosine of u, so beta = 2 tan(u) du/dt
         u = (t.clamp(max=self.t_cap) + 0.008) / 1.008 * math.pi / 2
         return math.pi / 1.008 * u.tan()
 
@@ -366,7 +367,7 @@ def score_fn(model, sde, std_floor=1e-5, clip_x0=False):
         if clip_x0:
             x0_hat = ((x - std * eps_hat) / m).clamp(-1, 1)
             return (m * x0_hat - x) / std**2
-        # [SDE] Eq. 7 is least where score = E[-eps / std | x_t]
+        # [SDE] Eq. 7, 29: score(x_t, t) = E[-eps | x_t] / std
         return -eps_hat / std
 
     return score
@@ -446,8 +447,9 @@ def langevin_step(score, x, t, alpha, snr):
 def sde_process(predictor, score, sde, xT, steps, correctors=(), constrain=None):
     """[SDE] Alg. 1. Yields (T, x_T), ..., (eps, x_eps), (0, x_0).
 
-    x_0 is the mean of the last step: where steps are few its noise is larger than the
-    noise of x_eps, which alone Tweedie's formula would remove.
+    The corrector comes before the predictor (departure 4). x_0 is the mean of the last
+    step (departure 6): where steps are few, the noise of the last one is larger than
+    that of p_eps, and Tweedie's formula at eps would leave most of it.
     predictor(score, sde, x, t, s): the mean of x_s, and the std of the noise to add.
     correctors: functions (score, x, t, alpha) -> x, which are applied in turn.
     constrain(x, t) -> x: what is known of x_t replaces this part (imputation).
@@ -457,7 +459,7 @@ def sde_process(predictor, score, sde, xT, steps, correctors=(), constrain=None)
     x = constrain(xT, sde.T)                                           # line 1
     for t, s in zip(ts[:-1], ts[1:], strict=True):                     # line 2
         yield t, x
-        alpha = sde.transition(s, t)[0] ** 2
+        alpha = sde.transition(s, t)[0] ** 2  # Alg. 5: 1 - beta_t; Alg. 4: 1
         for correct in correctors:                                     # line 4
             x = constrain(correct(score, x, t, alpha), t)              # line 5
         x_mean, std = predictor(score, sde, x, t, s)                   # line 3
@@ -553,11 +555,11 @@ def sampling_process(cfg, score, sde, xT):
         if cfg.denoise:
             yield 0.0, tweedie(score, sde, x, sde.eps)
         return
-    predictor, correctors = PREDICTORS.get(cfg.sampler), []
-    if cfg.sampler == "pc":
-        predictor = PREDICTORS[cfg.predictor]
+    name, correctors = cfg.sampler, []
+    if name == "pc":
+        name = cfg.predictor
         correctors = [partial(langevin_step, snr=cfg.snr)] * cfg.corrector_steps
-    for t, x in sde_process(predictor, score, sde, xT, cfg.N, correctors):
+    for t, x in sde_process(PREDICTORS[name], score, sde, xT, cfg.N, correctors):
         if t > 0 or cfg.denoise:
             yield t, x
 
@@ -996,7 +998,7 @@ def rescaled(sde, x, t):
 @plotting.figure("denoising.gif")
 def figure_denoising(run, sde, states):
     """denoising.gif: samples on their way from noise, rescaled."""
-    frames = [(t, rescaled(sde, x, t)) for t, x in plotting.evenly(list(states), 41)]
+    frames = [(t, rescaled(sde, x, t)) for t, x in plotting.evenly(list(states), 33)]
     if frames[0][1].ndim == 4:
         plotting.denoising(run.path("denoising.gif"), frames)
     else:
