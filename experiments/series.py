@@ -108,6 +108,8 @@ def load_series(name, n=1250, length=128, seed=0):
     even pace; the last fifth is held out. csv:PATH: one series a row, a tenth is held
     out.
     """
+    if name not in SERIES_NAMES and os.path.isfile(os.path.expanduser(name)):
+        raise Mistake(f"dataset {name}: a table is named csv:{name}")
     check_name(name, SERIES_NAMES)
     if name == "sines":
         rng = np.random.default_rng(seed)

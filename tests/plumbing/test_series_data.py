@@ -146,6 +146,11 @@ def test_a_name_of_no_series(name):
     assert f"dataset {name}: must be one of sines, membrane, csv:PATH" in refused(series.load_series, name)
 
 
+def test_a_table_without_the_word(tmp_path):
+    (tmp_path / "a.csv").write_text("1,2\n3,4\n")
+    assert f"a table is named csv:{tmp_path / 'a.csv'}" in refused(series.load_series, str(tmp_path / "a.csv"))
+
+
 def test_a_table_of_one_value(tmp_path):
     (tmp_path / "a.csv").write_text("5,5\n5,5\n")
     said = refused(series.load_series, f"csv:{tmp_path / 'a.csv'}")
