@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -166,11 +167,8 @@ def figure_cost(run, cfg, shape):
         model = run.place(latent.make_unet(own_cfg, size))
         x0 = torch.randn(cfg.batch_size, *size, device=run.device)
         t = latent.draw_t(len(x0), cfg.T, cfg.drawing).to(run.device)
-
-        def loss(model=model, x0=x0, t=t, eps=torch.randn_like(x0)):
-            return latent.ddpm_loss(model, x0, t, eps, schedule)
-
-        costs[name] = training_cost(model, loss)
+        costs[name] = training_cost(model, partial(
+            latent.ddpm_loss, model, x0, t, torch.randn_like(x0), schedule))
     ratio = {key: costs["pixel"][key] / costs["latent"][key] for key in costs["pixel"]}
     titles = {"seconds": "seconds", "gflop": "10^9 operations",
               "activations_mb": "activations, MB"}

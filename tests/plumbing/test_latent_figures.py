@@ -106,6 +106,7 @@ def drawn(tmp_path_factory, trained, odd, pictures):
             for module in (latent, experiment):
                 patch.setattr(module, "load_images", lambda *_: pictures)
             patch.setattr("common.quality.load_judge", lambda *_, **__: (None, {}))
+            patch.setattr(experiment, "training_cost", lambda *_: dict(seconds=1, gflop=1, activations_mb=1))
             script.main(["--sample", str(out / "odd.pt"), "--out", str(out / name), "--device", "cpu",
                          "--S", "3", "--eta", "0.5", "--spacing", "quadratic", "--n_samples", "6",
                          "--eps_scale", "1.2"])
