@@ -50,16 +50,6 @@ class Data:
     train_labels: torch.Tensor | None = None
     test_labels: torch.Tensor | None = None
     classes: tuple = ()
-    offset: float = 0.0  # TRANSITION
-    unit: float = 1.0  # TRANSITION
-
-    def restore(self, x):  # TRANSITION
-        return self.offset + self.unit * x
-
-    def rescale(self, offset, unit):  # TRANSITION
-        train, test = (x * (self.unit / unit) + (self.offset - offset) / unit
-                       for x in (self.train, self.test))
-        return replace(self, train=train, test=test, offset=offset, unit=unit)
 
     @property
     def shape(self):
@@ -117,8 +107,6 @@ class Data:
 
 def load_data(name, size=0):
     """load_points or load_images, as the name says."""
-    if name in SERIES or name.startswith("csv:"):  # TRANSITION
-        return load_series(name)  # TRANSITION
     check_name(name, (*IMAGE_NAMES, *POINTS))
     return load_points(name) if name in POINTS else load_images(name, size)
 
@@ -372,10 +360,12 @@ def span_of(files):
 
     found = []
     for file in files:
-        with contextlib.suppress(Exception), Image.open(file) as picture:
-            if picture.mode[0] in "IF":
-                pixels = _numbers(picture)
-                found.append((pixels.min(), pixels.max(), picture.mode[0] == "I"))
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a bomb: read_picture leaves it out, too
+            with Image.open(file) as picture:
+                if picture.mode[0] in "IF":
+                    pixels = _numbers(picture)
+                    found.append((pixels.min(), pixels.max(), picture.mode[0] == "I"))
     if not found:
         return None
     lows, highs, whole = zip(*found, strict=True)
@@ -480,170 +470,3 @@ def cached(name, key, make, fit):
         except (OSError, Mistake) as problem:
             say(f"not kept for the next run: {problem}")
     return module
-
-
-# --- TRANSITION: to be deleted ---
-import csv  # noqa: E402
-
-SERIES = ("sines", "membrane")
-
-
-def read_question(image, mask, shape):
-    """A person's picture, (1, C, H, W) in [-1, 1], and what of it is known, or Nones.
-
-    image, mask: files, "" for none; shape: (C, H, W), to which both are resized and
-    cropped. The mask, (1, 1, H, W) bool, is as large as the picture, or as H and W, and
-    known where it is white.
-    """
-    from PIL import Image, ImageOps
-
-    (C, H, W), x, known, size = shape, None, None, shape[:0:-1]
-
-    def read(flag, file, how):
-        try:
-            return how(file)
-        except Exception as problem:  # Pillow's decoders raise errors of many kinds
-            reason = getattr(problem, "strerror", None) or str(problem).split("\n")[0]
-            raise Mistake(f"{flag} {file}: cannot be read as a picture ({reason})") \
-                from None
-
-    if image:
-        size = read("image", image, open_picture).size
-        x = to_unit(read("image", image, lambda file: read_picture(file, W)))[None]
-        x = x if C == 3 else x.mean(1, keepdim=True)
-    if mask:
-        white = read("mask", mask, open_picture).convert("L")
-        if white.size != tuple(size):
-            raise Mistake(f"mask {mask}: is {white.width} x {white.height} pixels, "
-                          f"must be {size[0]} x {size[1]} like the picture")
-        white = ImageOps.fit(white, (W, H), Image.NEAREST)
-        known = torch.from_numpy(np.array(white) >= 128)[None, None]
-        if known.all() or not known.any():
-            colour = "white" if known.all() else "black"
-            raise Mistake(f"mask {mask}: is {colour} all over, at {W} x {H} pixels; it "
-                          "must be white where the picture is known and black where it "
-                          "is to be completed")
-    return x, known
-
-
-def make_masks(H, W):
-    """{name: (1, 1, H, W) bool}: where a picture is known that is to be completed."""
-    row, column = torch.arange(H).view(1, 1, H, 1), torch.arange(W).view(1, 1, 1, W)
-    box = ((row - H / 2 + 0.5).abs() < H / 4) & ((column - W / 2 + 0.5).abs() < W / 4)
-    half = (column < W / 2).expand(1, 1, H, W)
-    some = torch.rand(1, 1, H, W) < 0.3
-    return {"box": ~box, "half": half, "pixels": some, "border": box}
-
-
-def point_density(name, x):
-    """The true density of load_points(name) at x: (N, 2) -> (N,).
-
-    Each set is a curve or a few centres under Gaussian noise: a mixture of Gaussians
-    along it.
-    """
-    if name == "swiss_roll":
-        u = 1.5 * np.pi * (1 + 2 * (np.arange(4000) + 0.5) / 4000)
-        spiral = np.stack([u * np.cos(u), u * np.sin(u)], 1)
-        centres = (spiral - np.array([2.0, 0.3])) / 7.0
-        std = 0.5 / 7.0
-    elif name == "two_moons":
-        u = np.linspace(0, np.pi, 2000)
-        upper = np.stack([np.cos(u), np.sin(u)], 1)
-        lower = np.stack([1 - np.cos(u), 0.5 - np.sin(u)], 1)
-        centres = (np.concatenate([upper, lower]) - np.array([0.5, 0.25])) / 0.75
-        std = 0.06 / 0.75
-    else:
-        angles = np.arange(8) * np.pi / 4
-        centres = 1.4 * np.stack([np.cos(angles), np.sin(angles)], 1)
-        std = 0.1
-    gap = torch.cdist(x.cpu().double(), torch.from_numpy(centres)) / std
-    log_norm = np.log(len(centres) * 2 * np.pi * std**2)
-    log_p = torch.logsumexp(-0.5 * gap**2, dim=1) - log_norm
-    return log_p.exp().to(x.dtype).to(x.device)  # MPS has no float64
-
-
-def load_series(name, n=1250, length=128, seed=0):
-    """1-D series (N, 1, L), of mean 0 and std 1 over all numbers of the training part.
-
-    Data.restore gives them back in their own unit. sines: one wave each, under noise
-    of 0.1, made here. membrane: windows of a recording that ships with matplotlib, the
-    potential of a nerve cell that fires at an even pace; the last fifth is held out.
-    csv:PATH: one series a row, a tenth is held out.
-    """
-    check_name(name, SERIES_NAMES)
-    if name == "sines":
-        rng = np.random.default_rng(seed)
-        angle = 2 * np.pi * rng.uniform(2, 8, (n, 1)) * np.linspace(0, 1, length)
-        size, phase = rng.uniform(0.5, 1, (n, 1)), rng.uniform(0, 2 * np.pi, (n, 1))
-        x = size * np.sin(angle + phase) + rng.normal(0, 0.1, (n, length))
-        held_out, train = np.split(x, [n // 5])
-    elif name == "membrane":
-        from matplotlib import get_data_path
-
-        file = Path(get_data_path()) / "sample_data" / "membrane.dat"
-        try:
-            recorded = np.fromfile(file, np.float32).astype(float)
-        except OSError as problem:
-            raise Mistake(f"dataset {name}: {file} cannot be read "
-                          f"({problem.strerror}), this matplotlib has no sample data") \
-                from None
-        recorded = recorded[1400:7050:4]  # where it fires at an even pace
-        end = len(recorded) * 4 // 5
-        train, held_out = (np.lib.stride_tricks.sliding_window_view(part, length)
-                           for part in (recorded[:end], recorded[end:]))
-        order = np.random.default_rng(seed).permutation(len(held_out))
-        held_out = held_out[order]  # neighbours are nearly the same
-    else:
-        x = read_csv(name, Path(os.path.expanduser(name[len("csv:") :])))
-        held_out, train = (x[i.numpy()] for i in _hold_out([str(k) for k in range(len(x))], torch.zeros(len(x))))
-    offset, unit = float(train.mean()), float(train.std())
-    if unit <= 1e-9 * abs(offset) or unit < 1e-30:
-        raise Mistake(f"dataset {name}: all numbers of its training rows are "
-                      f"{offset:g}")
-    train, test = (torch.from_numpy((x - offset) / unit).float()[:, None]
-                   for x in (train, held_out))
-    return Data(name, train, test, offset=offset, unit=unit)
-
-
-def read_csv(name, path):
-    """The numbers of a CSV as an array (N, L), N and L >= 2, one series a row.
-
-    With a header or without, quotes, commas or semicolons or tabs.
-    """
-    def refuse(problem):
-        raise Mistake(f"dataset {name}: {problem}") from None
-
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            head = next((line for line in file if line.strip()), "")
-            mark = max(",;\t", key=re.sub('"[^"]*"', "", head).count)
-            file.seek(0)
-            reader = csv.reader(file, delimiter=mark)
-            rows = [(reader.line_num, row) for row in reader
-                    if any(map(str.strip, row))]
-    except (OSError, ValueError, csv.Error) as problem:
-        refuse("cannot be read as a CSV "
-               f"({getattr(problem, 'strerror', None) or problem})")
-    if rows and all(np.isnan(_number(text)) and text.strip().lower() != "nan"
-                    for text in rows[0][1]):
-        del rows[0]  # a header
-    for line, row in rows:
-        for cell, text in enumerate(row, 1):
-            if not abs(_number(text)) < 1e30:
-                refuse(f"row {line}, number {cell} is {text.strip()!r}, must be a "
-                       "finite number")
-        if len(row) != len(rows[0][1]):
-            refuse(f"row {line} has {len(row)} numbers, must have {len(rows[0][1])} "
-                   "like the first")
-    if len(rows) < 2 or len(rows[0][1]) < 2:
-        refuse(f"holds {len(rows)} series of {len(rows[0][1]) if rows else 0} numbers, "
-               "needs at least 2 rows of 2 numbers, one series a row")
-    return np.array([[_number(text) for text in row] for _, row in rows])
-
-
-def _number(text):
-    """What a text says as a float; NaN where it is no number."""
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")

@@ -4,8 +4,6 @@ import atexit
 import contextlib
 import os
 import random
-import statistics
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,42 +153,3 @@ def counted(network):
         yield calls
     finally:
         hook.remove()
-
-
-@torch.enable_grad()  # a figure is drawn without gradients
-def training_cost(model, loss, repeats=3):
-    """What a training step costs; loss() is its loss, a scalar.
-
-    Returns the median "seconds", the 10^9 floating-point operations, "gflop", and the
-    memory kept for the backward pass, "activations_mb".
-    """
-    from torch.utils.flop_counter import FlopCounterMode  # takes long to import
-
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
-    device = next(model.parameters()).device
-
-    def step():
-        begin = time.perf_counter()
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-        synchronize(device)
-        return time.perf_counter() - begin
-
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        value = loss()  # keeps the graph: a freed address could be counted twice
-    memory = sum(kept.values())
-    del value
-    with FlopCounterMode(display=False) as counter:
-        step()
-    seconds = statistics.median(step() for _ in range(repeats))
-    return {"seconds": seconds, "gflop": counter.get_total_flops() / 1e9,
-            "activations_mb": memory / 1e6}

@@ -31,8 +31,6 @@ CJK = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic",
 not_drawn = {}  # the files that could not be drawn: the last line of a run names them
 left_out = {}  # those that compare with data, where there is none
 _written = []
-if not in_notebook():  # pyplot is never used: no backend of another program matters
-    os.environ["MPLBACKEND"] = "agg"
 
 
 def figure(*files, compares=True):
@@ -71,9 +69,14 @@ def figure(*files, compares=True):
 @contextlib.contextmanager
 def _style():
     """matplotlib's own settings and STYLE, whatever a matplotlibrc says."""
+    backend = os.environ.pop("MPLBACKEND", None)  # it may name a package not installed
     import matplotlib
     from matplotlib import font_manager
 
+    if backend:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
     quiet = np.errstate(all="ignore")  # NaN and infinity are left blank
     with quiet, warnings.catch_warnings(record=True) as caught, matplotlib.rc_context():
         warnings.simplefilter("always")
@@ -391,38 +394,6 @@ def fields(path, parts, title, limit=2.3):
 
 
 @figure()
-def flow(path, parts, ts, line, density, title):
-    """Ways from noise (left) to data (right) over a density on the line.
-
-    parts: (subtitle, times (S,), places (S, N)) each; density: (len(line), len(ts)),
-    shown as a share of the largest at its time.
-    """
-    sheet, axes = sheet_of(len(parts), 5.2 * len(parts), 3.8, sharex=True, sharey=True)
-    share = to_numpy(density / density.max(0).values)
-    for axis, (subtitle, times, places) in zip(axes, parts, strict=True):
-        axis.pcolormesh(ts, to_numpy(line), share, cmap="Blues", vmax=1.3)
-        axis.plot(times, to_numpy(places), lw=0.9, color="C1")
-        axis.set(title=subtitle, xlabel="t", xlim=(max(ts), 0))
-    save(sheet, path, title)
-
-
-@figure()
-def densities(path, parts, title, limit):
-    """Densities on a square, in one colour scale: that of the last, the true one.
-
-    parts: (subtitle, density (side, side)) each; limit: half the side of the square.
-    """
-    sheet, axes = sheet_of(len(parts), 4.5 * len(parts), 4.4)
-    true_density = to_numpy(parts[-1][1])
-    top = true_density[np.isfinite(true_density)].max(initial=0)
-    for axis, (subtitle, p) in zip(axes, parts, strict=True):
-        axis.imshow(to_numpy(p).T, origin="lower", vmin=0, vmax=top, cmap="magma",
-                    extent=(-limit, limit, -limit, limit))
-        axis.set_title(subtitle)
-    save(sheet, path, title)
-
-
-@figure()
 def film(path, frames, captions, limit=2.3, hold=12, milliseconds=80):
     """An animated GIF of points or series, one caption a frame; the last is held."""
     from PIL import Image
@@ -452,28 +423,3 @@ def _draw(axis, x, limit=2.3):
     axis.set(xticks=[], yticks=[])
 
 
-@figure()
-def fans(path, parts, title):
-    """Series and bands around what is not known of them, in two rows or three columns.
-
-    parts: (subtitle, truth (L,), known (L,) bool, quantiles (Q, L), Q odd).
-    """
-    columns = min(3, -(-len(parts) // 2))
-    rows = -(-len(parts) // columns)
-    sheet, axes = sheet_of(columns, 13, 2.6 * rows, rows)
-    for axis, (subtitle, truth, known, quantiles) in zip(axes, parts, strict=False):
-        truth, known, quantiles = map(to_numpy, (truth, known, quantiles))
-        first = np.flatnonzero(~known)[0]
-        near = ~known  # with the known values beside them, from which a fan opens
-        near[1:] |= ~known[:-1]
-        near[:-1] |= ~known[1:]
-        where = np.flatnonzero(near)
-        for i in range(len(quantiles) // 2):
-            axis.fill_between(where, quantiles[i, where], quantiles[-1 - i, where],
-                              color="C0", alpha=0.25, lw=0)
-        axis.plot(where, quantiles[len(quantiles) // 2, where], "C0", label="median")
-        axis.plot(truth, "k", lw=0.8, label="truth")
-        axis.axvline(first, color="0.7", ls=":")
-        axis.set_title(subtitle)
-    axes[0].legend(frameon=False)
-    save(sheet, path, title)

@@ -284,32 +284,6 @@ def energy_distance(a, b):
     return (2 * between - within_a - within_b).item()
 
 
-def spectrum(x):
-    """Mean power at each frequency of series (N, 1, L): (L // 2 + 1,)."""
-    return torch.fft.rfft(x[:, 0].cpu(), norm="ortho").abs().square().mean(0)
-
-
-def autocorrelation(x):
-    """Mean autocorrelation of series (N, 1, L) at lags 0 to L // 2, 1 at lag 0.
-
-    Each about its own mean, over the sum of all its squares, as usual (biased).
-    """
-    x = x[:, 0].cpu()
-    x, length = x - x.mean(1, keepdim=True), x.shape[1]
-    power = torch.fft.rfft(x, 2 * length).abs().square()  # padded: it does not wrap
-    products = torch.fft.irfft(power)[:, :length // 2 + 1]
-    return (products / products[:, :1].clamp(min=1e-12)).mean(0)
-
-
-def spectral_distance(a, b):
-    """Log-spectral distance of series a and b, (N, 1, L) and (M, 1, L), in dB.
-
-    The root of the mean square difference of their mean power spectra in decibels.
-    """
-    decibels = [10 * spectrum(x).clamp(min=1e-12).log10() for x in (a, b)]
-    return (decibels[0] - decibels[1]).square().mean().sqrt().item()
-
-
 def glance(samples, data, labels=None):
     """A first look at samples (N, C, H, W): what metrics.json says of every run.
 

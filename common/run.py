@@ -421,13 +421,14 @@ class Run:
     def load(self, load, *args):
         """The data on the run's device: run.load(load_images, cfg.dataset, size).
 
+        load: a function that is called with args, or a Data itself.
         The checkpoint knows the shape and the classes of its data. Data that differs in
         these is refused; with --sample the drawing goes on without it, and so it does
         where the data is not there.
         """
         stored = self._state.get("data") if self._state else None
         try:
-            data = load(*args) if callable(load) else load  # TRANSITION
+            data = load(*args) if callable(load) else load
             if stored:
                 data.check(stored, same_pictures=not self.sampling)
         except Mistake as problem:

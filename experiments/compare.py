@@ -20,8 +20,9 @@ import conditional_diffusion_example as conditional  # noqa: E402
 from common import plotting, quality  # noqa: E402
 from common.cli import Mistake, Positive, command_line  # noqa: E402
 from common.data import load_images  # noqa: E402
-from common.device import seeded, training_cost  # noqa: E402
+from common.device import seeded  # noqa: E402
 from common.run import open_run  # noqa: E402
+from experiments.latent import training_cost  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """common/plotting.py: nothing of matplotlib's is touched, and no figure takes a run along."""
 
 import contextlib
+import io
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 from common import plotting
@@ -14,6 +16,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from conftest import environment, open_picture
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -34,17 +37,12 @@ def one_of_each(folder):
         "table.png": lambda: p.table(folder / "table.png", [x, x], "title", ["a", "b"]),
         "neighbours.png": lambda: p.neighbours(folder / "neighbours.png", x, made),
         "frames.gif": lambda: p.gif(folder / "frames.gif", [x, -x], 2, ["a", "b"], hold=1),
+        "denoising.gif": lambda: p.denoising(folder / "denoising.gif", [(2, x), (1, -x), (0, x)]),
         "curves.png": lambda: p.curves(folder / "curves.png", [{"lines": {"a": ([1, 2], [3, 4])}}]),
         "fields.png": lambda: p.fields(folder / "fields.png", [("a", points, points, points)], "title"),
-        "flow.png": lambda: p.flow(folder / "flow.png", [("a", [1, 0], points[:2])], [0, 1], points[:, 0],
-                                   torch.rand(10, 2), "title"),
-        "densities.png": lambda: p.densities(
-            folder / "densities.png", [("a", torch.rand(5, 5))], "title", 2.0),
         "points.gif": lambda: p.film(folder / "points.gif", [points, -points], ["a", "b"], hold=1),
         "series.gif": lambda: p.film(folder / "series.gif", [series, -series], ["a", "b"], hold=1),
         "series.png": lambda: p.panels(folder / "series.png", [("a", series), ("b", series)], "title"),
-        "fans.png": lambda: p.fans(folder / "fans.png", [
-            ("a", series[0, 0], torch.arange(9) < 5, series[:5, 0].sort(0).values)] * 4, "title"),
         "picture.png": lambda: p.picture(folder / "picture.png", x[0]),
     }
 
@@ -72,7 +70,7 @@ assert matplotlib.get_backend().lower() == "svg", matplotlib.get_backend()
 assert "matplotlib.pyplot" not in sys.modules, "pyplot is imported"
 assert dict(matplotlib.rcParams) == before, "rcParams are changed"
 """
-    env = {"MPLBACKEND": "svg", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {"MPLBACKEND": "svg", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                          cwd=ROOT, env=env)
     assert ran.returncode == 0, ran.stderr
@@ -336,10 +334,7 @@ def test_any_series_are_drawn(tmp_path, all_drawn, name):
     x = SERIES[name]
     plotting.samples(tmp_path / "a.png", x, Data("toy", x[:1], x[:1]), "title")
     plotting.film(tmp_path / "b.gif", [x, x], ["a", "b"], hold=1)
-    fan = x.expand(-1, 5, -1)[:1]
-    plotting.fans(tmp_path / "c.png", [("a", q[0], torch.zeros(x.shape[2]) > 0, q) for q in fan] or [
-        ("a", torch.zeros(2), torch.zeros(2) > 0, torch.zeros(1, 2))], "title")
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 VALUES = {"zeros": torch.zeros(5), "all nan": torch.full((5,), NAN),
@@ -371,28 +366,12 @@ def test_any_losses_are_drawn(tmp_path, all_drawn, losses):
     assert (tmp_path / "a.png").exists()
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("p", [with_bad(9, 9), torch.full((9, 9), NAN), torch.zeros(9, 9),
-                               torch.rand(9, 9).bfloat16()])
-def test_any_densities_are_drawn(tmp_path, all_drawn, p):
-    plotting.densities(tmp_path / "a.png", [("a", p), ("true", p)], "title", 2.0)
-    assert (tmp_path / "a.png").exists()
-
-
-def test_a_hole_in_a_density_leaves_its_colours(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(plotting, "_finish", lambda sheet, *_: seen.append(sheet))
-    p = torch.tensor([[NAN, 1.0], [INF, 3.0]])
-    plotting.densities(tmp_path / "a.png", [("a", p / 2), ("true", p)], "title", 2.0)
-    assert [axis.images[0].get_clim() for axis in seen[0].axes] == [(0, 3)] * 2 and not plotting.not_drawn
-
-
 @pytest.mark.parametrize("values, asked, scale", [
     ([0.0, 0.0], "log", "linear"), ([NAN, -1.0], "log", "linear"), ([0.0, 1e-3], "log", "log"),
     ([-1.0, -9.0], "symlog", "symlog")])
 def test_a_log_scale_needs_a_positive_value(tmp_path, monkeypatch, values, asked, scale):
     seen = []
-    monkeypatch.setattr(plotting, "_finish", lambda sheet, *_: seen.append(sheet))
+    monkeypatch.setattr(plotting, "save", lambda sheet, *_, **__: seen.append(sheet))
     part = {"lines": {"a": ([1, 2], values)}, "xscale": "log", "yscale": asked}
     plotting.curves(tmp_path / "a.png", [part])
     axis, = seen[0].axes
@@ -401,7 +380,7 @@ def test_a_log_scale_needs_a_positive_value(tmp_path, monkeypatch, values, asked
 
 def test_a_histogram_is_drawn_over_its_xlim(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(plotting, "_finish", lambda sheet, *_: seen.append(sheet))
+    monkeypatch.setattr(plotting, "save", lambda sheet, *_, **__: seen.append(sheet))
     plotting.curves(tmp_path / "a.png", [{"histogram": [0.0, 1.0, 90.0], "xlim": (-2, 3)}])
     bars = seen[0].axes[0].patches
     assert len(bars) == 100 and not plotting.not_drawn
@@ -443,7 +422,7 @@ def test_a_picture_is_written_pixel_for_pixel(tmp_path):
 def axes_of(monkeypatch, draw):
     """What a figure has on its axes."""
     sheets = []
-    monkeypatch.setattr(plotting, "_finish", lambda sheet, path, title="": sheets.append(sheet))
+    monkeypatch.setattr(plotting, "save", lambda sheet, path, title="", math=True: sheets.append(sheet))
     draw()
     return sheets[0].axes
 
@@ -458,22 +437,6 @@ def test_points_are_seen_to_a_limit_and_images_in_columns(monkeypatch):
     assert axis.images[0].get_array().shape[:2] == (2 * 5 + 1, 3 * 5 + 1)
 
 
-def test_fans_are_bands_of_pairs_of_quantiles_where_nothing_is_known(monkeypatch):
-    truth, known = torch.arange(6.0), torch.tensor([True, True, False, False, False, True])
-    quantiles = torch.arange(5.0)[:, None] + torch.arange(6.0)
-    axes = axes_of(monkeypatch, lambda: plotting.fans(
-        "a.png", [("part", truth, known, quantiles)] * 4, "title"))
-    assert len(axes) == 4  # two rows of two
-    outer, inner = axes[3].collections
-    for band, (low, high) in ((outer, (0, 4)), (inner, (1, 3))):
-        corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
-        assert {(float(i), float(i + level)) for i in range(1, 6) for level in (low, high)} == corners
-    median, line, edge = axes[3].lines
-    assert median.get_xdata().tolist() == [1, 2, 3, 4, 5]  # from the known values on both sides
-    assert median.get_ydata().tolist() == [3, 4, 5, 6, 7]
-    assert line.get_ydata().tolist() == truth.tolist() and list(edge.get_xdata()) == [2, 2]
-
-
 def test_series_stand_one_below_the_other(monkeypatch):
     x = torch.randn(9, 1, 20)
     axes = axes_of(monkeypatch, lambda: plotting.panels("a.png", [("a", x), ("b", -x)], "title"))
@@ -482,3 +445,43 @@ def test_series_stand_one_below_the_other(monkeypatch):
         for i, line in enumerate(axis.lines):
             assert np.allclose(line.get_ydata(), sign * x[i, 0] / 6 - i, atol=1e-6)
         assert axis.get_ylim() == (-8, 1)
+
+
+def test_names_of_users_are_never_mathtext(tmp_path, monkeypatch):
+    monkeypatch.setattr(plotting, "_write", lambda path, save: save(io.BytesIO(), "png"))
+    x = torch.rand(2, 1, 8, 8)
+    for name in ("$", "$x", r"a$\frac$b", "100%_$a^$"):
+        plotting.table("a.png", [x, x], name, [name, name], [name, name])
+        plotting.panels("b.png", [(name, x)], name)
+        plotting.grid("c.png", x, 2, name)
+    assert not plotting.not_drawn
+
+
+def test_letters_that_no_font_has_are_said_once_and_fallback_fonts_are_used(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plotting, "say_once", print)
+    with warnings.catch_warnings(record=True) as seen:
+        plotting.table(tmp_path / "a.png", [torch.rand(1, 1, 8, 8)], "title", ["\U000104AB"])
+    assert not seen and "fonts-noto-cjk" in capsys.readouterr().out
+    monkeypatch.setattr(plotting, "CJK", ("No such family", "DejaVu Serif"))
+    families = []
+    monkeypatch.setattr(plotting, "save", lambda sheet, *_, **__: families.append(
+        matplotlib.rcParams["font.family"]))
+    plotting.grid(tmp_path / "b.png", torch.rand(1, 1, 8, 8), 1, "title")
+    assert families == [["DejaVu Sans", "DejaVu Serif"]]
+
+
+@pytest.mark.parametrize("env", [
+    {"MPLBACKEND": "module://no_such_package.backend"}, {"MPLBACKEND": "no_such_backend"},
+    {"MATPLOTLIBRC": "rc"}, {"PYTHONWARNINGS": "error"}, {"MPLCONFIGDIR": "/proc/none"}], ids=str)
+def test_what_other_programs_leave_in_the_environment_does_not_matter(env, tmp_path):
+    (tmp_path / "rc").mkdir()
+    (tmp_path / "rc" / "matplotlibrc").write_text("text.usetex: True\nfont.size: 40\nbackend: none\n")
+    env = {k: str(tmp_path / "rc") if v == "rc" else v for k, v in env.items()}
+    code = ("import sys, torch; from common import plotting; "
+            "plotting.grid(sys.argv[1], torch.linspace(-1, 1, 256).view(4, 1, 8, 8), 2, 'title'); print(plotting.not_drawn)")
+    for name, more in (("plain.png", {}), ("other.png", env)):
+        ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], cwd=ROOT, text=True,
+                             env=environment() | more, capture_output=True)
+        assert ran.returncode == 0 and "{}" in ran.stdout, ran.stderr
+    plain, other = (open_picture(tmp_path / name)[0] for name in ("plain.png", "other.png"))
+    assert np.array_equal(plain, other)

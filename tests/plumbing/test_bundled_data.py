@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.testing import assert_close
 
 from common import data, quality
 from common.cli import Mistake
@@ -52,7 +51,8 @@ def pictures(folder, n, size=(40, 30), suffix=".png"):
 def test_flat_folder(tmp_path):
     pictures(tmp_path / "flat", 12)
     found = data.load_images(f"folder:{tmp_path / 'flat'}", 16)
-    assert found.train.shape == (11, 3, 16, 16) and found.test.shape == (1, 3, 16, 16)
+    assert len(found.train) + len(found.test) == 12 and 1 <= len(found.test) <= 3
+    assert found.train.shape[1:] == found.test.shape[1:] == (3, 16, 16)
     assert found.train_labels is None and -1 <= found.train.min() and found.train.max() <= 1
     assert found.train[:, 0, :, 0].min() > 0.9 and found.train[:, 0, :, -1].max() < 0.9
 
@@ -85,51 +85,6 @@ def test_points_are_centred_and_of_about_unit_size(name):
     assert found.train.mean(0).abs().max() < 0.25
     assert 0.3 < found.train.std() < 1.5
     assert torch.equal(found.train, data.load_points(name, n=4000).train)
-
-
-def test_the_spectrum_of_a_wave_is_one_line_and_that_of_noise_is_flat():
-    t = torch.arange(64) / 64
-    waves = torch.sin(2 * torch.pi * (5 * t + torch.rand(10, 1)))[:, None]
-    power = quality.spectrum(waves)
-    assert power.shape == (33,)
-    assert_close(power, torch.zeros(33).index_fill(0, torch.tensor(5), 16.0), rtol=1e-4, atol=1e-4)
-    assert_close(quality.spectrum(torch.randn(4000, 1, 64)), torch.ones(33), rtol=0.1, atol=0)
-
-
-def test_autocorrelation_is_that_of_its_definition():
-    x = torch.randn(6, 1, 9).cumsum(2)
-    wanted = torch.zeros(6, 5)
-    for i, series in enumerate(x[:, 0] - x[:, 0].mean(1, keepdim=True)):
-        for lag in range(5):
-            wanted[i, lag] = (series[:9 - lag] * series[lag:]).sum() / (series**2).sum()
-    assert_close(quality.autocorrelation(x), wanted.mean(0))
-
-
-def test_the_spectral_distance_is_in_decibels():
-    x = torch.randn(50, 1, 32)
-    assert quality.spectral_distance(x, x) == 0
-    assert quality.spectral_distance(x, 2 * x) == pytest.approx(10 * np.log10(4), rel=1e-4)
-    assert quality.spectral_distance(2 * x, x) == quality.spectral_distance(x, 2 * x)
-    silent = torch.zeros(3, 1, 32)
-    assert quality.spectral_distance(silent, silent) == 0
-    # other gains at other frequencies: the root of the mean of the squares
-    gains = torch.tensor([1.0, 2.0, 10.0, 0.5, 1.0, 3.0, 1.0, 0.1, 1.0])
-    x = torch.randn(5, 1, 16)
-    other = torch.fft.irfft(torch.fft.rfft(x) * gains, 16)
-    wanted = (20 * gains.log10()).square().mean().sqrt().item()
-    assert quality.spectral_distance(x, other) == pytest.approx(wanted, rel=1e-3)
-
-
-def test_autocorrelation_of_noise_waves_and_silence():
-    found = quality.autocorrelation(torch.randn(4000, 1, 64))
-    assert_close(found[0].item(), 1.0)
-    assert found.shape == (33,) and found[1:].abs().max() < 0.03
-    phases = 2 * torch.pi * torch.arange(4)[:, None] / 4
-    waves = torch.sin(2 * torch.pi * 3 * torch.arange(48) / 48 + phases)[:, None] + 5
-    lag = torch.arange(25)
-    wanted = (1 - lag / 48) * torch.cos(2 * torch.pi * 3 * lag / 48)  # fewer pairs at a longer lag
-    assert_close(quality.autocorrelation(waves), wanted, rtol=0, atol=1e-4)
-    assert quality.autocorrelation(torch.zeros(2, 1, 8)).tolist() == [0] * 5
 
 
 @pytest.mark.parametrize("name, kind", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"),
