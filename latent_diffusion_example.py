@@ -267,7 +267,7 @@ def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=0.0):
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())
     # [DDIM] Eq. 12: x_{t-1} = sqrt(alpha_bar_{t-1}) x0_hat
     #                        + sqrt(1 - alpha_bar_{t-1} - sigma_t^2) eps_hat + sigma_t z
-    x0_hat = predict_x0(xt, eps_hat, t, alpha_bars)
+    x0_hat = predict_x0(xt, eps_hat, t, alpha_bars)  # [DDIM] Eq. 9
     direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
     return alpha_bar_prev.sqrt() * x0_hat + direction + sigma * z
 
@@ -276,8 +276,8 @@ def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=0.0):
 def ddim_process(model, xT, schedule, S=50, eta=0.0, spacing="linear"):
     """Steps from DDIM (eta = 0) to DDPM (eta = 1). Yields (T, x_T), ..., (0, x_0).
 
-    xT: (B, C, H, W), standard normal noise. Latents have no range, so no x0_hat is
-    clamped.
+    xT: (B, C, H, W), standard normal noise. Source: [DDIM] Eq. 12, Sec. 4.2. Latents
+    have no range, so no x0_hat is clamped.
     """
     xt, alpha_bars = xT, schedule.alpha_bars
     tau = [0, *ddim_timesteps(schedule.T, S, spacing)]

@@ -45,79 +45,81 @@ class Step(NamedTuple):
 
 
 STEPS = {
-    "ddpm": Step(
-        "ddpm_example.py", 5, "ddpm",
-        "metrics.json samples.png neighbours.png forward.png schedules.png loss.png",
-        "ddpm"),
-    "ddpm_scores": Step(
-        "ddpm_example.py --sample {ddpm} --evaluate 500", 5, "ddpm",
-        "metrics.json>evaluation.json denoising.png bound.png "
-        "rate_distortion.png"),
-    "ddim": Step(
-        "ddim_example.py", 5, "ddim",
-        "metrics.json samples.png eta.png reconstruction.png interpolation.png "
-        "interpolation.gif"),
-    "ddim_scores": Step(
-        "ddim_example.py --sample {ddim} --evaluate 500", 18, "ddim",
-        "metrics.json>evaluation.json steps.png quality.png"),
-    "conditional": Step(
-        "conditional_diffusion_example.py", 5, "conditional",
-        "metrics.json samples.png grid.png same_noise.png", "conditional"),
+    "ddpm": Step("ddpm_example.py", 5, "ddpm", "metrics.json samples.png loss.png",
+                 "ddpm"),
+    "ddpm_scores": Step("ddpm_example.py --sample {ddpm} --evaluate 500", 5, "ddpm",
+                        "metrics.json>evaluation.json"),
+    "ddpm_figures": Step(
+        "experiments/ddpm.py --sample {ddpm} --evaluate 500", 3, "ddpm",
+        "metrics.json>figures.json neighbours.png forward.png schedules.png "
+        "denoising.png bound.png rate_distortion.png"),
+    "ddim": Step("ddim_example.py", 5, "ddim", "metrics.json samples.png"),
+    "ddim_scores": Step("ddim_example.py --sample {ddim} --evaluate 500", 1, "ddim",
+                        "metrics.json>evaluation.json"),
+    "ddim_figures": Step(
+        "experiments/ddim.py --sample {ddim} --evaluate 500", 18, "ddim",
+        "metrics.json>figures.json steps.png eta.png reconstruction.png "
+        "interpolation.png interpolation.gif quality.png"),
+    "conditional": Step("conditional_diffusion_example.py", 5, "conditional",
+                        "metrics.json samples.png", "conditional"),
     "conditional_scores": Step(
-        "conditional_diffusion_example.py --sample {conditional} --evaluate 500", 2,
-        "conditional", "metrics.json>evaluation.json classifier.png"),
+        "experiments/conditional.py --sample {conditional} --evaluate 500", 3,
+        "conditional", "metrics.json>evaluation.json grid.png same_noise.png "
+        "classifier.png"),
     "unconditional": Step(
         "conditional_diffusion_example.py --p_uncond 1 --guidance classifier", 6,
         "conditional", "metrics.json>metrics_unconditional.json"),
     "unconditional_scores": Step(
-        "conditional_diffusion_example.py --sample {unconditional} "
-        "--guidance classifier --evaluate 500", 1, "conditional",
+        "experiments/conditional.py --sample {unconditional} --guidance classifier "
+        "--evaluate 500", 1, "conditional",
         "metrics.json>evaluation_unconditional.json"),
     "guidance": Step("experiments/guidance.py", 1, ""),
-    "compare": Step(
-        "conditional_diffusion_example.py --compare 240", 10, "conditional",
-        "metrics.json>compare.json compare.png"),
-    "latent": Step(
-        "latent_diffusion_example.py", 5, "latent",
-        "metrics.json samples.png neighbours.png reconstructions.png latents.png "
-        "histogram.png prior.png walk.png cost.png", "latent"),
-    "latent_scores": Step(
-        "latent_diffusion_example.py --sample {latent} --evaluate 500", 1, "latent",
-        "metrics.json>evaluation.json"),
-    "score": Step(
-        "score_based_diffusion_example.py", 5, "score_based",
-        "metrics.json sdes.png samples.png paths.png codes.png inpainting.png "
-        "guardrails.png",
-        "score_based"),
+    "compare": Step("experiments/compare.py --seconds 240", 10, "conditional",
+                    "metrics.json>compare.json compare.png"),
+    "latent": Step("latent_diffusion_example.py", 5, "latent",
+                   "metrics.json samples.png", "latent"),
+    "latent_scores": Step("latent_diffusion_example.py --sample {latent} "
+                          "--evaluate 500", 1, "latent",
+                          "metrics.json>evaluation.json"),
+    "latent_figures": Step(
+        "experiments/latent.py --sample {latent}", 2, "latent",
+        "metrics.json>figures.json neighbours.png reconstructions.png latents.png "
+        "histogram.png prior.png walk.png cost.png"),
+    "score": Step("score_based_diffusion_example.py", 5, "score_based",
+                  "metrics.json samples.png", "score_based"),
     "score_scores": Step(
-        "score_based_diffusion_example.py --sample {score} --evaluate 500", 22,
-        "score_based", "metrics.json>evaluation.json samplers.png table1.png"),
-    "classes": Step(
-        "score_based_diffusion_example.py --sample {score} "
+        "score_based_diffusion_example.py --sample {score} --evaluate 500", 8,
+        "score_based", "metrics.json>evaluation.json"),
+    "score_figures": Step(
+        "experiments/score_based.py --sample {score}", 2, "score_based",
+        "sdes.png paths.png codes.png guardrails.png"),
+    "samplers": Step("experiments/samplers.py --sample {score} --evaluate 500", 16,
+                     "score_based", "metrics.json>samplers.json samplers.png "
+                     "table1.png"),
+    "controllable": Step(
+        "experiments/controllable.py --sample {score} "
         "--classes 0 1 2 3 4 5 6 7 8 9", 3, "score_based",
-        "metrics.json>classes.json classes.png"),
-    "ve": Step(
-        "score_based_diffusion_example.py --sde ve", 5, "score_based",
-        "metrics.json>metrics_ve.json"),
+        "metrics.json>classes.json classes.png inpainting.png"),
+    "ve": Step("score_based_diffusion_example.py --sde ve", 5, "score_based",
+               "metrics.json>metrics_ve.json"),
     "ve_scores": Step(
-        "score_based_diffusion_example.py --sample {ve} --evaluate 250", 14,
+        "score_based_diffusion_example.py --sample {ve} --evaluate 250", 8,
         "score_based", "metrics.json>evaluation_ve.json"),
-    "subvp": Step(
-        "score_based_diffusion_example.py --sde subvp", 5, "score_based",
-        "metrics.json>metrics_subvp.json"),
+    "subvp": Step("score_based_diffusion_example.py --sde subvp", 5, "score_based",
+                  "metrics.json>metrics_subvp.json"),
     "subvp_scores": Step(
-        "score_based_diffusion_example.py --sample {subvp} --evaluate 250", 11,
+        "score_based_diffusion_example.py --sample {subvp} --evaluate 250", 8,
         "score_based", "metrics.json>evaluation_subvp.json"),
     "sdes": Step("experiments/sdes.py {score} {ve} {subvp}", 1, ""),
     "swiss_roll": Step(
         "score_based_diffusion_example.py --dataset swiss_roll", 1, "score_based",
-        "metrics.json>swiss_roll.json density.png scores.png"),
-    "sines": Step(
-        "score_based_diffusion_example.py --dataset sines", 3, "score_based",
-        "metrics.json>sines.json forecast.png series.png"),
-    "membrane": Step(
-        "score_based_diffusion_example.py --dataset membrane", 3, "score_based",
-        "metrics.json>membrane.json forecast.png>membrane.png"),
+        "metrics.json>swiss_roll.json scores.png"),
+    "density": Step("experiments/score_based.py --sample {swiss_roll}", 1,
+                    "score_based", "density.png"),
+    "sines": Step("experiments/series.py --dataset sines", 3, "score_based",
+                  "metrics.json>sines.json forecast.png series.png"),
+    "membrane": Step("experiments/series.py --dataset membrane", 3, "score_based",
+                     "metrics.json>membrane.json forecast.png>membrane.png"),
     "unique_codes": Step("experiments/unique_codes.py", 1, ""),
     "training": Step("experiments/training.py", 5, ""),
     "how_many": Step("experiments/how_many.py", 12, ""),
@@ -224,8 +226,7 @@ def release(checkpoint, target):
 
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     kept = {key: value for key, value in state.items()
-            if key not in ("model", "optimizer", "random", "discriminator",
-                           "optimizer_d")}
+            if key not in ("model", "optimizer", "random", "loss_scale")}
     for part in ("ema", "vae"):
         if part in kept:
             kept[part] = {name: x.half() if x.ndim > 1 else x
@@ -310,7 +311,7 @@ def minutes_until(level, points):
 
 def table_ddim():
     """Samplers of ddim_example.py by their number of steps."""
-    found = load("ddim/evaluation.json")["evaluation_by_S"]
+    found = load("ddim/figures.json")["evaluation_by_S"]
     words = {"eta = 0": "DDIM, η = 0", "eta = 1": "DDPM, η = 1",
              "sigma_hat": "DDPM, σ̂"}
     yield ["steps S, network calls", *next(iter(found.values()))]
@@ -343,7 +344,7 @@ def table_compare():
 
 def table_latent():
     """What one training step costs, in latent space and in pixels."""
-    cost = load("latent/metrics.json")["cost_of_a_step"]
+    cost = load("latent/figures.json")["cost_of_a_step"]
     yield ["", "latents, 4×8×8", "pixels, 1×32×32", "ratio"]
     for key, name, digits in (("seconds", "seconds", 3), ("gflop", "10⁹ operations", 1),
                               ("activations_mb", "activations kept, MB", 1)):
@@ -353,7 +354,7 @@ def table_latent():
 
 def table_samplers():
     """The samplers of the score SDE at about 200 network calls, and the default."""
-    found = load("score_based/evaluation.json")
+    found = load("score_based/samplers.json") | load("score_based/evaluation.json")
     yield ["sampler", "network calls", "legible, distance, recall"]
     for name, scores in found["evaluation_by_samplers"].items():
         yield [name, f"{scores['network_calls']:.0f}", of_500(scores)]
@@ -363,14 +364,14 @@ def table_samplers():
 
 def table_r():
     """Reverse diffusion with the corrector, by its signal-to-noise ratio r."""
-    found = load("score_based/evaluation.json")["evaluation_by_r"]
+    found = load("score_based/samplers.json")["evaluation_by_r"]
     yield ["r", *found]
     yield ["legible, distance, recall", *map(of_500, found.values())]
 
 
 def table_tolerance():
     """The ODE by RK45, by its tolerance."""
-    found = load("score_based/evaluation.json")["evaluation_by_tolerance"]
+    found = load("score_based/samplers.json")["evaluation_by_tolerance"]
     yield ["tolerance", *found]
     yield ["network calls", *(f"{scores['network_calls']:.0f}"
                               for scores in found.values())]
