@@ -122,6 +122,8 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
     "linear": [DDPM] Sec. 4; beta_1 and beta_T are those of T = 1000, and are rescaled
     for another T so that x_T is still noise. "cosine": arXiv 2102.09672, Eq. 17.
     """
+    if kind != "cosine" and not 1e-6 <= beta_1 <= beta_T:
+        raise Mistake(f"beta_1 {beta_1}: must be in [1e-6, --beta_T {beta_T}]")
     if kind == "linear":
         betas = torch.linspace(beta_1, beta_T, max(T, 2), dtype=torch.float64)
         betas = betas[-T:] * 1000 / T  # a single step has beta_T: x_1 is noise

@@ -159,6 +159,8 @@ def make_schedule(kind, T, beta_1=1e-4, beta_T=0.02):
     "scaled_linear": linear in sqrt(beta). This is "linear" in [LDM]'s code, where
     "sqrt_linear" is linear in beta.
     """
+    if kind != "cosine" and not 1e-6 <= beta_1 <= beta_T:
+        raise Mistake(f"beta_1 {beta_1}: must be in [1e-6, --beta_T {beta_T}]")
     if kind == "linear":
         betas = torch.linspace(beta_1, beta_T, max(T, 2), dtype=torch.float64)
         betas = betas[-T:] * 1000 / T  # a single step has beta_T: x_1 is noise

@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import ddpm_example as ddpm  # noqa: E402
 from common import plotting  # noqa: E402
 from common.cli import command_line  # noqa: E402
-from common.data import load_images  # noqa: E402
+from common.data import is_8bit, load_images  # noqa: E402
 from common.run import open_run  # noqa: E402
 
 Config = ddpm.Config
@@ -138,7 +138,11 @@ def main(argv=None):
     figure_denoising(run, cfg, eps_model, states, schedule)
     figure_forward(run, data, schedule)
     figure_schedules(run, cfg)
-    figure_bound(run, cfg, model, data, schedule)
+    if data.empty or is_8bit(data.test):
+        figure_bound(run, cfg, model, data, schedule)
+    else:
+        run.say(f"no bound: --dataset {cfg.dataset} must be images of 8 bits at this "
+                "resolution")
     run.finish()
 
 
