@@ -521,14 +521,14 @@ def solve(velocity, state, t, s, tolerance):
 
 
 @torch.no_grad()
-def ode_process(score, sde, x, t, s, steps=None, tolerance=1e-5):
+def ode_process(score, sde, x, t, s, method="rk45", steps=100, tolerance=1e-5):
     """Carry x, (B, ...), along the probability-flow ODE from t to s: yields (t, x_t).
 
-    RK45 adapts its steps to the tolerance; where `steps` is given, RK4 takes so many of
-    four network calls each. From T to eps the ODE draws samples, from eps to T it finds
-    their codes ([SDE] App. D.4).
+    "rk45" adapts its steps to the tolerance; "rk4" takes `steps` of four network calls
+    each. From T to eps the ODE draws samples, from eps to T it finds their codes ([SDE]
+    App. D.4).
     """
-    if steps is None:
+    if method == "rk45":
         def velocity(state, u):
             return (flow_drift(score, sde, state[0], u),)
         for u, state in solve(velocity, (x,), t, s, tolerance):
@@ -549,8 +549,8 @@ def sampling_process(cfg, score, sde, xT):
     sampler, or Tweedie's mean of the ODE's x_eps.
     """
     if cfg.sampler in ("rk45", "rk4"):
-        steps = max(1, cfg.N // 4) if cfg.sampler == "rk4" else None
-        for t, x in ode_process(score, sde, xT, sde.T, sde.eps, steps, cfg.tolerance):
+        for t, x in ode_process(score, sde, xT, sde.T, sde.eps, cfg.sampler,
+                                max(1, cfg.N // 4), cfg.tolerance):
             yield t, x
         if cfg.denoise:
             yield 0.0, tweedie(score, sde, x, sde.eps)
@@ -868,10 +868,13 @@ def set_learning_rate(optimizer, cfg, step):
         group["lr"] = lr
 
 
-def train(cfg, run, data):
-    """Train on data.train and return the averaged network. Source: [SDE] Eq. 7."""
+def train(cfg, run, data, model=None):
+    """Train on data.train and return the averaged network. Source: [SDE] Eq. 7.
+
+    model: the network to train, with its buffer sigma_data; that of cfg if None.
+    """
     sde, images = make_sde(cfg), len(data.shape) == 3
-    model = run.place(make_network(cfg, data.shape))
+    model = run.place(make_network(cfg, data.shape) if model is None else model)
     model.sigma_data.fill_(data.train.std())
     ema = EMA(model, cfg.ema)
     optimizer = torch.optim.AdamW(

@@ -364,12 +364,13 @@ def _parser(Config, presets):
 
 
 def _comments(Config):
-    """{field: the comment on its line}, for --help alone; {} without the source."""
-    try:
-        source = inspect.getsource(Config)
-    except (OSError, TypeError):  # a class that was made in a notebook
-        return {}
-    return dict(re.findall(r"^    (\w+):.*?  # (.+)$", source, re.MULTILINE))
+    """{field: the comment on its line}, for --help alone; without the source, none."""
+    found = {}
+    for kind in reversed(Config.__mro__[:-1]):
+        with contextlib.suppress(OSError, TypeError):  # a class made in a notebook
+            source = inspect.getsource(kind)
+            found |= dict(re.findall(r"^    (\w+):.*?  # (.+)$", source, re.MULTILINE))
+    return found
 
 
 # A Config that was stored

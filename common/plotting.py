@@ -406,7 +406,7 @@ def film(path, frames, captions, limit=2.3, hold=12, milliseconds=80):
         axis.set_title(caption)
         sheet.canvas.draw()
         picture = Image.fromarray(np.array(sheet.canvas.buffer_rgba()))
-        pictures.append(picture.convert("RGB"))
+        pictures.append(picture.convert("RGB").quantize(64))
     _write_gif(path, pictures, hold, milliseconds)
 
 

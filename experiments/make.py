@@ -1,6 +1,6 @@
 """The evidence: every number and figure that the READMEs show, by one command.
 
-    python experiments/make.py              all that is missing; hours, one step at a time
+    python experiments/make.py              all that is missing: hours, step by step
     python experiments/make.py --list       the steps: what is there, how long all takes
     python experiments/make.py ddpm latent  these steps again
     python experiments/make.py --tables     only the tables, from the files in results/
@@ -142,8 +142,8 @@ def code_commit():
     """The last commit that changed the code, where all is committed."""
     code = ["*_example.py", "common", "experiments"]
     if git("status", "--porcelain", "--", *code):
-        sys.exit("experiments/make.py: the scripts or common/ have changes that are not "
-                 "committed; commit them, evidence belongs to a commit")
+        sys.exit("experiments/make.py: the code has changes that are not committed; "
+                 "commit them, evidence belongs to a commit")
     return git("log", "-1", "--format=%h", "--", *code)
 
 

@@ -267,36 +267,7 @@ def make_network(cfg, shape):
     return network
 
 
-# %% 3. Training and main
-
-
-def train(cfg, run, data):
-    """Train on data.train and return the averaged network, as the page does."""
-    sde, model = sb.make_sde(cfg), run.place(make_network(cfg, data.shape))
-    model.sigma_data.fill_(data.train.std())
-    ema = sb.EMA(model, cfg.ema)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), cfg.lr, weight_decay=cfg.weight_decay,
-        fused=run.device.type != "mps")  # updates all weights in one call
-    for step in run.steps(cfg.steps, model=model, ema=ema.model, optimizer=optimizer):
-        sb.set_learning_rate(optimizer, cfg, step)
-        x0, _ = run.batch(data.train)
-        x0 = sb.dequantize(x0) if cfg.dequantize else x0
-        t, density = (part.to(run.device) for part in
-                      sb.draw_times(sde, len(x0), cfg.weighting))
-        eps = torch.randn_like(x0)
-        with run.autocast():
-            loss = sb.score_loss(model, sde, x0, t, eps, cfg.weighting, density)
-        optimizer.zero_grad()
-        loss.backward()
-        run.average_gradients(model)  # over all processes; alone it does nothing
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
-        ema.update(model, step)
-        run.log(loss=loss, grad_norm=norm)
-        if run.main and (step + 1) % cfg.preview_every == 0:
-            sb.figure_preview(run, ema.model, sde, data, step + 1)
-    return ema.model
+# %% 3. Main
 
 
 @command_line
@@ -309,7 +280,7 @@ def main(argv=None):
     if run.sampling:
         model = run.trained(make_network(cfg, data.shape))
     else:
-        model = train(cfg, run, data)
+        model = sb.train(cfg, run, data, make_network(cfg, data.shape))
     if not run.main:
         return  # of several processes only the first one draws
 

@@ -85,7 +85,7 @@ def figure_paths(run, sde, steps=500):
     score, xT = exact_score(log_p), sde.prior_sampling((8, 1), run.device)
     ways = {"reverse SDE (Eq. 6)": sb.sde_process(sb.em_step, score, sde, xT, steps),
             "probability-flow ODE (Eq. 13)": sb.ode_process(
-                score, sde, xT, sde.T, sde.eps, steps)}
+                score, sde, xT, sde.T, sde.eps, "rk4", steps)}
     line, ts = torch.linspace(-3, 3, 301).to(xT), np.linspace(sde.eps, sde.T, 300)
     density = []
     for t in ts:

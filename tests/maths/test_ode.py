@@ -20,7 +20,7 @@ def test_rk4_is_of_fourth_order(name):
     data, x = gaussian(sde, std=0.8), noise(sde, 16)
     errors = []
     for steps in (40, 80):
-        found = sb.final(sb.ode_process(data, sde, x, sde.T, sde.eps, steps))
+        found = sb.final(sb.ode_process(data, sde, x, sde.T, sde.eps, "rk4", steps))
         errors.append((found - flow_of_gaussian(sde, data, x, 1.0, sde.eps)).abs().max().item())
     assert errors[0] / errors[1] == pytest.approx(16, rel=0.35), errors
 
@@ -35,14 +35,14 @@ def test_rk45_follows_the_exact_flow(name):
 
 @pytest.mark.slow
 @every_sde
-@pytest.mark.parametrize("steps", [None, 200], ids=["rk45", "rk4"])
-def test_encode_then_decode_returns_the_input(name, steps):
+@pytest.mark.parametrize("method", ["rk45", "rk4"])
+def test_encode_then_decode_returns_the_input(name, method):
     sde = SDES[name]()
     data = Mixture(sde)
     x = data.mu + 0.1
-    z = sb.final(sb.ode_process(data, sde, x, sde.eps, sde.T, steps, 1e-7))
+    z = sb.final(sb.ode_process(data, sde, x, sde.eps, sde.T, method, 200, 1e-7))
     assert (z - x).norm() > 0.5
-    back = sb.final(sb.ode_process(data, sde, z, sde.T, sde.eps, steps, 1e-7))
+    back = sb.final(sb.ode_process(data, sde, z, sde.T, sde.eps, method, 200, 1e-7))
     assert_close(back, x, rtol=0, atol=2e-3)
 
 

@@ -259,7 +259,7 @@ def test_sde_and_ode_share_marginals_along_the_way(name):
     t, kept = min(sb.sde_process(sb.reverse_diffusion_step, data, sde, x, 400),
                   key=lambda state: abs(state[0] - 0.5))
     assert abs(t - 0.5) < 2e-3
-    along = sb.final(sb.ode_process(data, sde, x, 1.0, t, 50))
+    along = sb.final(sb.ode_process(data, sde, x, 1.0, t, "rk4", 50))
     expected = (sde.m(torch.tensor(t).double()) ** 2 * 0.25 + sde.std(torch.tensor(t).double()) ** 2).sqrt()
     for states in (kept, along):
         assert (states.std(0) / expected).tolist() == pytest.approx([1, 1], rel=0.04)

@@ -49,7 +49,7 @@ def test_the_average_is_returned_in_eval_mode(tmp_path, monkeypatch):
     cfg, run = runs.open_run("ncsnpp", ncsnpp.Config, ncsnpp.PRESETS, ncsnpp.SAMPLING, argv)
     data, seen = run.load(load_images, cfg.dataset, cfg.image_size), []
     spied(monkeypatch, sb, "score_loss", lambda given, _: seen.append(given))
-    model = ncsnpp.train(cfg, run, data)
+    model = sb.train(cfg, run, data, ncsnpp.make_network(cfg, data.shape))
     assert not model.training and model.fourier is None
     assert model.sigma_data.item() == pytest.approx(data.train.std().item())
     assert any((a != b).any() for a, b in zip(model.parameters(), seen[0]["model"].parameters(), strict=True))
