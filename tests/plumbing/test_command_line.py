@@ -12,10 +12,11 @@ from typing import Annotated, Literal, get_args
 import pytest
 import torch
 from conftest import ROOT, environment, open_run
-from toy import PRESETS, Config
+from toy import PRESETS, Config, fit, network, open_toy
 
 import ddpm_example as ddpm
 from common import cli, device
+from common import run as runs
 from common.cli import Mistake, Range, check_config, command_line, config_from, parse_args
 
 PAGES = ("ddpm", "ddim", "latent_diffusion", "conditional_diffusion", "score_based_diffusion")
@@ -238,6 +239,12 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     (["--sample", "a\0b"], ["--sample"]),
     (["--sample", 300 * "a"], ["--sample aaa", "File name too long"]),
     (["--resume", 300 * "a"], ["--resume aaa"]),
+    (["--sample", "3", "1", "4"], ["1 4", "--sample takes one checkpoint"]),
+    (["--sample", ""], ["--sample '': must name a path"]),
+    (["--resume", ""], ["--resume '': must name a path"]),
+    (["--config", ""], ["--config '': must name a path"]),
+    (["--beta_1", "0.5"], ["--beta_1 0.5: must be in [1e-6, --beta_T 0.02]"]),
+    (["--beta_1", "1e-300", "--beta_T", "1e-300"], ["--beta_1 1e-300: must be in [1e-6,"]),
 ], ids=lambda x: " ".join(x)[:40] if isinstance(x, list) and x and x[0][:2] == "--" else "")
 def test_a_mistake_is_one_line_that_names_it(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # "folder:" alone is the current folder, here without pictures
@@ -396,3 +403,62 @@ def test_what_a_start_imports():
             "print([m for m in ('sklearn', 'scipy', 'matplotlib', 'torchvision', 'IPython') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr[-2000:]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for flag in ("out", "config", "sample", "resume"):
+        if flag == "config":
+            (tmp_path / "x").write_text('{"config": {"T": 3}, "seed": 1}')
+        _, opts = cli.parse_args(Config, PRESETS, [f"--{flag}=~/x"])
+        assert getattr(opts, flag) == str(tmp_path / "x")
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--warmup", "9", "--steps", "5"], True), (["--warmup", "5", "--steps", "5"], False),
+    (["--steps", "5"], False)])
+def test_a_warm_up_longer_than_the_training_is_said(argv, said, tmp_path, capsys):
+    open_toy(tmp_path, *argv)
+    assert ("warm-up of 9 steps is longer" in capsys.readouterr().out) == said
+
+
+def test_another_out_with_resume_is_said(tmp_path, capsys):
+    _, run = open_toy(tmp_path / "one")
+    fit(run)
+    for out, said in ((tmp_path / "two", True), (tmp_path / "one", False)):
+        capsys.readouterr()
+        open_toy(out, "--resume", run.folder)
+        assert ("not used, the run goes on in its own folder" in capsys.readouterr().out) == said
+
+
+def test_the_help_of_a_config_that_inherits_has_the_comments_of_both(capsys):
+    import experiments.series as series
+
+    with pytest.raises(SystemExit):
+        cli.parse_args(series.Config, series.PRESETS, ["--help"])
+    said = capsys.readouterr().out
+    assert "peak learning rate" in said and "forecast" in said
+
+
+def test_compile_without_a_compiler_is_one_line_before_the_training(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("No working C++ compiler found\nand a page more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    _, run = open_toy(tmp_path, "--compile")
+    with pytest.raises(Mistake, match="--compile: torch.compile does not work here .No working C.. compiler found.;"):
+        fit(run)
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+
+
+@pytest.mark.parametrize("name, flag", [("model", "--lr 0.01"), ("vae", "--vae_lr 0.5")])
+def test_a_loss_that_is_not_finite_names_the_rate_s_flag(name, flag, tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Two(Config):
+        vae_lr: float = 0.5
+
+    _, run = runs.open_run("toy", Two, {"laptop": Two()}, (), ["--device", "cpu", "--out", str(tmp_path)])
+    model = network()
+    with pytest.raises(Mistake, match=f"loss is nan at step 1, {flag} may be too high"):
+        for _ in run.steps(2, name, **{name: model}):
+            run.log(loss=float("nan"))
