@@ -80,7 +80,7 @@ def recorded(request, tmp_path_factory):
         out = true_loss(model, *args, **kwargs)
         parameters = list(getattr(model, "func", model).parameters())
         seen.loss_gradients.append(torch.autograd.grad(out, parameters, retain_graph=True))
-        seen.given.append(args)
+        seen.given.append([a for a in args if isinstance(a, torch.Tensor)][:3])  # x0, t, eps
         return out
 
     def average(run, model):
@@ -100,6 +100,7 @@ def recorded(request, tmp_path_factory):
                           seen.drawn[-1][1])
         seen.run, seen.model = trained(page, tmp_path_factory.mktemp("recorded"), *flags)
     assert len(seen.steps) == len(seen.loss_gradients) == seen.run.cfg.steps == 6
+    assert len(seen.drawn) == (0 if page is score_based else 6)
     return seen
 
 
@@ -111,6 +112,7 @@ def test_the_learning_rate_reaches_the_optimiser_and_the_log(recorded):
     assert recorded.run.read_log()["lr"] == pytest.approx(rates, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_of_this_batch_alone_averaged_then_clipped(recorded):
     """No gradient of an earlier step is left, and none is missing; the log has the norm before the clip."""
     for record, of_loss, logged in zip(recorded.steps, recorded.loss_gradients,
@@ -121,6 +123,7 @@ def test_the_gradient_is_of_this_batch_alone_averaged_then_clipped(recorded):
             assert_close(found, gradient / 2 * 0.01 / norm, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_what_is_returned_is_the_average_of_the_weights(recorded):
     """In eval mode; the checkpoint holds it and the weights themselves."""
     model, average = recorded.model, recorded.steps[0].before
@@ -138,17 +141,16 @@ def test_what_is_returned_is_the_average_of_the_weights(recorded):
     assert any(not torch.equal(a, w) for a, w in zip(average, recorded.steps[-1].weights, strict=True))
 
 
+@pytest.mark.slow
 def test_each_step_draws_its_pictures_its_t_and_its_noise(recorded):
-    """Those of the score-based page are in its own file."""
-    for (how, t), (_, asked, *_) in zip(recorded.drawn, recorded.given, strict=bool(recorded.drawn)):
-        assert how == (24, recorded.run.cfg.T, "uniform") and torch.equal(asked, t)
-    if recorded.drawn:
-        given = [args[:3] for args in recorded.given]
-        for (x0, t, eps), (next_x0, next_t, next_eps) in zip(given[:-1], given[1:], strict=True):
-            assert not any(map(torch.equal, (x0, t, eps), (next_x0, next_t, next_eps)))
-        eps = torch.cat([eps for _, _, eps in given])
-        assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1
-        assert len(eps[:, 0, 0, 0].unique()) == len(eps)
+    """t by --drawing; the score-based page's times are in its own file."""
+    for (how, drawn), (_, t, _) in zip(recorded.drawn, recorded.given, strict=False):
+        assert how == (24, recorded.run.cfg.T, "uniform") and torch.equal(drawn, t)
+    for before, after in zip(recorded.given[:-1], recorded.given[1:], strict=True):
+        assert not any(map(torch.equal, before, after))
+    eps = torch.cat([eps for _, _, eps in recorded.given])
+    assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1
+    assert len(eps[:, 0, 0, 0].unique()) == len(eps) == 6 * 24
 
 
 @pytest.mark.slow
