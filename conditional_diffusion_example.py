@@ -8,15 +8,17 @@ arXiv 2212.09748): [DiT], on [DDPM] (2006.11239) and [DDIM] (2010.02502).
     python experiments/conditional.py --evaluate 500         accuracy against w, figures
 
 x_t and y are [CFG]'s z_lambda and c. w = 0 is the conditional model, w = -1 the
-unconditional one; the scale s of a classifier, and of most other code, is 1 + w.
+unconditional one. Classifier guidance, and most other code, use the scale s = 1 + w.
 
 Departures from the papers:
   1. t is one of 1..T as in [DDPM], and the variance is fixed ([ADM], [DiT]: learnt);
-  2. the networks are small, give v (`predict`) and work on patches; only the norm of
-     [ADM]'s U-Net is here, and the noisy classifier ends in a mean, not in attention;
-  3. x0_hat is clamped in sampling (`clip_x0`), with a classifier before its push, as
-     in [ADM]'s code; the push wants a network that never saw labels (`--p_uncond 1`);
-  4. training draws more of the middle t (`drawing`), the learning rate decays,
+  2. the networks are small, predict v (`predict`) and fold patches of pixels into
+     channels; of [ADM]'s U-Net only the norm is here, and the 64-channel heads in the
+     preset; the noisy classifier ends in a mean, not in attention;
+  3. x0_hat is clamped in sampling (`clip_x0`), with a classifier before its gradient is
+     added, as in [ADM]'s code; a classifier guides the unconditional network alone,
+     best one that was trained without labels (`--p_uncond 1`);
+  4. training draws the middle t more often (`drawing`), the learning rate decays,
      gradients are clipped, and the average of the weights is shorter and warms up.
 """
 
@@ -45,27 +47,27 @@ Weight = Annotated[float, Range(">= -1", lambda w: w >= -1)]
 
 @dataclass(frozen=True)  # (paper: ...) is [CFG] for guidance, otherwise [ADM]
 class Config:
-    """Each field is a flag: its type is the range, its comment the help text."""
+    """Each field is a flag. Its type gives the range, its comment is the help text."""
 
     # diffusion
     T: Count = 1000              # diffusion steps (paper: 1000)
     schedule: Literal["linear", "cosine"] = "linear"  # noise schedule (paper: both)
     beta_1: OpenFraction = 1e-4  # linear schedule: beta_1 for T = 1000 (paper: 1e-4)
     beta_T: OpenFraction = 0.02  # linear schedule: beta_T for T = 1000 (paper: 0.02)
-    predict: Literal["eps", "v"] = "v"  # what the network gives (paper, DiT: eps)
+    predict: Literal["eps", "v"] = "v"  # output of the network (paper, DiT: eps)
     p_uncond: Probability = 0.1  # probability of a null label (paper: 0.1, 0.2, 0.5)
     # sampling
-    guidance: Guidance = "classifier_free"  # kind of guidance; none uses labels alone
+    guidance: Guidance = "classifier_free"  # none: the conditional network as it is
     classes: tuple[str, ...] = ()   # classes to draw, in this order; all if empty
-    w: tuple[Weight, ...] = (-1.0, 0.0, 1.0, 2.0, 4.0)  # guidance weights of grid.png
+    w: tuple[Weight, ...] = (-1.0, 0.0, 1.0, 2.0, 4.0)  # of grid.png (with `classes`)
     w_samples: Weight = 2.0         # guidance weight of samples.png (paper: 0 to 4)
-    classifier_steps: Count = 1500  # training steps of the classifier (paper: 300000)
-    sampler: Literal["ddim", "ancestral"] = "ddim"  # in S steps, or in T (paper: both)
+    classifier_steps: Count = 1500  # of the classifier (paper: 300000 or 500000)
+    sampler: Literal["ddim", "ancestral"] = "ddim"  # S steps, or T (paper: both)
     S: Count = 10                   # DDIM steps (paper: 25 DDIM or 250 ancestral)
-    eta: Probability = 0.0          # noise of DDIM: 0 none, 1 as DDPM (paper: 0)
+    eta: Probability = 0.0          # noise of DDIM, 0 (none) to 1 (DDPM) (paper: 0)
     spacing: Literal["linear", "quadratic"] = "linear"  # spacing of DDIM's steps
-    variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # ancestral sigma_t^2
-    clip_x0: bool = True         # clamp x0_hat to [-1, 1] in sampling (code: yes)
+    variance: Literal["beta", "beta_tilde"] = "beta_tilde"  # of ancestral steps
+    clip_x0: bool = True         # clamp x0_hat to [-1, 1] ([ADM]'s code: yes)
     n_samples: Count = 500       # number of images drawn if `classes` is empty
     # data
     dataset: str = "digits"      # digits, mnist, folder:PATH, ... (paper: imagenet)
@@ -78,19 +80,19 @@ class Config:
     blocks: Count = 1            # residual blocks per level (paper: 2 or 3)
     attention: tuple[Count, ...] = (7,)  # resolutions with attention (paper: 32 16 8)
     heads: Count = 1             # attention heads (paper: one for each 64 channels)
-    groups: Count = 8            # groups in each group norm (code: 32)
+    groups: Count = 8            # groups in each group norm ([ADM]'s code: 32)
     dropout: Fraction = 0.0      # dropout in the blocks (paper: 0 or 0.1)
     patch: Count = 2             # patch x patch pixels become channels (paper: 1)
     dit_width: Count = 96        # width of the DiT, a multiple of 4 (DiT: 384 to 1152)
     dit_depth: Count = 4         # blocks of the DiT (DiT: 12 to 28)
     dit_heads: Count = 4         # attention heads of the DiT (DiT: 6 to 16)
     dit_patch: Count = 4         # patch size of the DiT (DiT: 2, 4 or 8)
-    dit_kernel: Count = 3        # patches across that make a token, odd (DiT: 1)
+    dit_kernel: Count = 3        # width in patches of its convolutions, odd (DiT: 1)
     # training
     drawing: Drawing = "logit_normal"  # distribution of t in training (paper: uniform)
     steps: Count = 5000          # optimiser steps (DiT: 400000 and more)
     batch_size: Count = 32       # images per step, over all processes (DiT: 256)
-    lr: Positive = 2e-3          # peak learning rate (paper and DiT: 1e-4)
+    lr: Positive = 2e-3          # peak learning rate (paper: 1e-4, 3e-4; DiT: 1e-4)
     warmup: Whole = 200          # steps of learning-rate warm-up (paper: 0)
     decay: Literal["cosine", "constant"] = "cosine"  # decay of lr (paper: constant)
     weight_decay: NonNegative = 0.0  # AdamW's weight decay; 0 gives Adam (paper: 0)
@@ -117,7 +119,7 @@ PRESETS = {
         T=20, channels=8, groups=4, dit_width=16, dit_depth=2, dit_heads=2, steps=6,
         batch_size=8, warmup=2, preview_every=3, S=5, w=(0.0, 2.0), n_samples=20,
         classifier_steps=4),
-    "ddpm_adagn": Config(  # [DDPM]'s CIFAR-10 network, [ADM]'s norm and attention
+    "ddpm_adagn": Config(  # [DDPM]'s CIFAR-10 network, [ADM]'s norm and heads
         predict="eps", drawing="uniform", dataset="cifar10", flip=True, channels=128,
         mults=(1, 2, 2, 2), blocks=2, attention=(16, 8), heads=4, groups=32,
         dropout=0.1, patch=1, steps=800_000, batch_size=128, lr=2e-4, warmup=5000,
@@ -202,7 +204,7 @@ def drop_labels(y, p_uncond, null):
 def ddpm_loss(model, x0, t, eps, schedule):
     """The simple objective. x0, eps: (B, C, H, W); t: (B,) int64 in 1..T -> scalar.
 
-    It is the bound without the weights of its terms (`bound_weight`), so small t count
+    It is the bound with every weight of Eq. 12 set to 1, so the terms of small t count
     for less. This takes the mean over pixels where the paper takes their sum.
     """
     # [DDPM] Eq. 14: E |eps - eps_theta(sqrt(alpha_bar_t) x_0
@@ -227,11 +229,11 @@ def v_loss(model, x0, t, eps, schedule):
 def draw_t(n, T, drawing):
     """Draw the steps t of a batch: (n,) int64 in 1..T, on the CPU.
 
-    "uniform" is [DDPM] Alg. 1, line 3. "logit_normal" draws more of the middle t, which
-    decide what an image shows: the logit of t / T is N(-0.2, 1), after arXiv
-    2403.03206, Sec. 3.1, with one draw from each of n equal quantiles, so that batches
-    differ less. One t in sixteen is uniform all the same, since small t, which are rare
-    here, weigh most in the bound.
+    "uniform" is [DDPM] Alg. 1, line 3. "logit_normal" draws the middle t more often,
+    since they decide what an image shows: logit(t / T) is N(-0.2, 1), after arXiv
+    2403.03206, Sec. 3.1. Each of n equal quantiles gives one t, so batches differ less.
+    One t in sixteen is uniform: small t, which weigh most in the bound, would otherwise
+    be too rare.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
@@ -283,7 +285,8 @@ def classifier_guided_eps(model, classifier, xt, t, y, s, alpha_bars):
     alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
     eps_u = model(xt, t, torch.full_like(y, model.classes))
     gradient = classifier_gradient(classifier, xt, t, y)
-    # [ADM] Eq. 14, Alg. 2: eps_hat = eps_theta(x_t) - sqrt(1 - alpha_bar_t) s gradient
+    # [ADM] Eq. 14 with the scale s of Sec. 4.3, an input of Alg. 2:
+    # eps_hat = eps_theta(x_t) - sqrt(1 - alpha_bar_t) s grad log p(y | x_t)
     return eps_u - (1 - alpha_bar).sqrt() * per_image(s, xt) * gradient
 
 
@@ -323,9 +326,10 @@ def predict_x0(xt, eps_hat, t, alpha_bars):
 
 
 def clip_eps(xt, eps_hat, t, alpha_bars):
-    """The eps_hat whose x0_hat is that of `eps_hat`, clamped to [-1, 1]."""
+    """The eps_hat of the clamped x0_hat in [-1, 1]. t: int or (B,) in 1..T."""
     alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
     x0_hat = predict_x0(xt, eps_hat, t, alpha_bars).clamp(-1, 1)
+    # Eq. 15 for eps_hat: (x_t - sqrt(alpha_bar_t) x0_hat) / sqrt(1 - alpha_bar_t)
     return (xt - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
 
 
@@ -341,7 +345,8 @@ def p_theta(model, xt, t, schedule, variance="beta_tilde", clip_x0=True):
         eps_hat = clip_eps(xt, eps_hat, t, schedule.alpha_bars)
     # [DDPM] Eq. 11: (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t)
     mean = (xt - beta / (1 - alpha_bar).sqrt() * eps_hat) / alpha.sqrt()
-    return mean, beta if variance == "beta" else beta_tilde(t, schedule)
+    sigma2 = beta if variance == "beta" else beta_tilde(t, schedule)
+    return mean, sigma2
 
 
 @torch.no_grad()
@@ -363,9 +368,9 @@ def ddim_timesteps(T, S, spacing="linear"):
     """tau: S distinct ascending ints in 1..T, of which the last is T."""
     if not 1 <= S <= T:
         raise Mistake(f"S {S}: must be at least 1 and at most T, {T}")
-    # [DDIM] App. D.2: tau_i = floor(c i) or floor(c i^2), where c makes tau_S = T
+    # [DDIM] App. D.2: tau_i = floor(c i) or floor(c i^2); here c makes tau_S = T
     power = 2 if spacing == "quadratic" else 1
-    return [max(i, T * i**power // S**power) for i in range(1, S + 1)]  # all distinct
+    return [max(i, T * i**power // S**power) for i in range(1, S + 1)]  # max: distinct
 
 
 def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=0.0):
@@ -373,8 +378,8 @@ def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=0.0):
     alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[t_prev]
     sigma = torch.zeros_like(alpha_bar)
     # [DDIM] Eq. 16: sigma_t = eta sqrt((1 - alpha_bar_{t-1}) / (1 - alpha_bar_t))
-    #                              sqrt(1 - alpha_bar_t / alpha_bar_{t-1})
-    if eta > 0:  # otherwise t_prev may be above t, where the second root has no value
+    #     sqrt(1 - alpha_bar_t / alpha_bar_{t-1}), where t_prev = tau_{i-1} is the t - 1
+    if eta > 0:  # ddim_invert steps upwards, where the second root is not real
         sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())
     # [DDIM] Eq. 12: x_{t-1} = sqrt(alpha_bar_{t-1}) x0_hat
@@ -386,7 +391,7 @@ def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=0.0):
 
 @torch.no_grad()
 def ddim_process(model, xT, schedule, S=50, eta=0.0, spacing="linear", clip_x0=True):
-    """Steps from DDIM (eta = 0) to DDPM (eta = 1). Yields (T, x_T), ..., (0, x_0).
+    """S steps of DDIM (eta = 0) or DDPM (eta = 1). Yields (T, x_T), ..., (0, x_0).
 
     xT: (B, C, H, W), standard normal noise. Source: [DDIM] Eq. 12, Sec. 4.2.
     """
@@ -407,14 +412,14 @@ def guided_process(cfg, model, xT, schedule, y, w, classifier=None):
 
     xT: (B, C, H, W), standard normal noise; w: number or (B,), with a classifier s - 1.
     """
-    eps, clip_x0 = partial(model, y=y), cfg.clip_x0  # no guidance
+    eps_model, clip_x0 = partial(model, y=y), cfg.clip_x0  # no guidance
     if cfg.guidance == "classifier_free":  # [CFG] Alg. 2
-        eps = partial(cfg_eps, model, y=y, w=w)
+        eps_model = partial(cfg_eps, model, y=y, w=w)
     if cfg.guidance == "classifier":  # [ADM] Alg. 1, 2
         network = ClippedModel(model, schedule.alpha_bars) if clip_x0 else model
-        clip_x0 = False  # the push may lead out of [-1, 1]
+        clip_x0 = False  # the gradient may lead out of [-1, 1]
 
-        def eps(xt, t):
+        def eps_model(xt, t):
             s = 1 + torch.as_tensor(w)
             if cfg.sampler == "ancestral":
                 s = ancestral_scale(s, t, schedule, cfg.variance)
@@ -422,8 +427,9 @@ def guided_process(cfg, model, xT, schedule, y, w, classifier=None):
                                          schedule.alpha_bars)
 
     if cfg.sampler == "ddim":
-        return ddim_process(eps, xT, schedule, cfg.S, cfg.eta, cfg.spacing, clip_x0)
-    return reverse_process(eps, xT, schedule, cfg.variance, clip_x0)
+        return ddim_process(eps_model, xT, schedule, cfg.S, cfg.eta, cfg.spacing,
+                            clip_x0)
+    return reverse_process(eps_model, xT, schedule, cfg.variance, clip_x0)
 
 
 def sample(cfg, model, xT, schedule, y, w, classifier=None):
@@ -439,8 +445,10 @@ def sample(cfg, model, xT, schedule, y, w, classifier=None):
 def timestep_embedding(t, dim):
     """Sines, then cosines of t: (B,) -> (B, dim). Source: arXiv 1706.03762, Sec. 3.5.
 
-    The order is that of [DDPM]'s code; the source alternates sines and cosines.
+    The order and the frequencies are those of [DDPM]'s code; the source alternates
+    sines and cosines, and divides k by dim / 2.
     """
+    # sin(w_k t) and cos(w_k t), where w_k = 10000^(-k / (dim / 2 - 1))
     k, last = torch.arange(dim // 2, device=t.device), dim // 2 - 1
     frequencies = torch.exp(-math.log(10000) * k / last)
     angles = t.float()[:, None] * frequencies
@@ -448,7 +456,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(layer):
-    """Set a layer to zero, so that its residual block starts by adding nothing."""
+    """Set a layer to zero: residual blocks start as the identity, eps_hat as 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -457,7 +465,7 @@ def zero_init(layer):
 class ResBlock(nn.Module):
     """Two convolutions, with time and class in the second norm ([ADM] Sec. 3.1)."""
 
-    recompute = True  # --grad_checkpointing computes its activations twice
+    recompute = True  # --grad_checkpointing: not stored, computed again going back
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -581,7 +589,7 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), widths[level], sizes[level]))
                 c = widths[level]
             if level > 0:
-                # narrow before the resolution doubles, which makes it cheaper (patch)
+                # with patches the width falls before the resolution doubles: cheaper
                 c_up = widths[level - 1] if patch > 1 else c
                 self.up.append(Upsample(c, c_up))
                 c = c_up
@@ -623,7 +631,7 @@ class DiTBlock(nn.Module):
     gates start at zero, so the block starts as the identity. Source: [DiT] Sec. 3.2.
     """
 
-    recompute = True  # --grad_checkpointing computes its activations twice
+    recompute = True  # --grad_checkpointing: not stored, computed again going back
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
@@ -646,6 +654,7 @@ class DiTBlock(nn.Module):
     def forward(self, x, c):
         parts = self.condition(F.silu(c)).chunk(6, dim=1)   # each (B, width)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
+        # [DiT] Sec. 3.2: x <- x + gate attention((1 + scale) norm(x) + shift), then MLP
         x = x + gate1[:, None] * self.attend(modulate(self.norm1(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -653,7 +662,7 @@ class DiTBlock(nn.Module):
 def positions_2d(rows, columns, width, device=None):
     """Sines and cosines of the row, then of the column: (rows * columns, width).
 
-    Source: [DiT] Sec. 3.2; its code takes them from MAE, arXiv 2111.06377.
+    Source: [DiT] Sec. 3.2; its code, from MAE (arXiv 2111.06377), has the column first.
     """
     k = torch.arange(width // 4, device=device) / (width // 4)
     frequencies = 10000.0 ** -k
@@ -697,7 +706,7 @@ class DiT(nn.Module):
         self.condition = nn.Linear(width, 2 * width)
         self.out = nn.Conv2d(width, image_channels * patch**2, kernel,
                              padding=kernel // 2)
-        for layer in self.modules():  # initial weights as in the authors' code
+        for layer in self.modules():  # as in the authors' code for kernel = 1
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -725,7 +734,7 @@ class DiT(nn.Module):
 class VPrediction(nn.Module):
     """eps_hat(x_t, t, y) of a network that gives v_hat; with v=True v_hat itself.
 
-    The noise of x_t goes past the network, so a DiT need not pass it through tokens.
+    eps_hat holds x_t itself, so a DiT need not carry its noise through the tokens.
     """
 
     def __init__(self, network, alpha_bars):
@@ -786,7 +795,7 @@ class NoisyClassifier(nn.Module):
         h = self.block3(self.attention(self.block2(h, emb)), emb)
         h = F.silu(self.norm_out(h))
         H, W = (max(2, size) for size in h.shape[2:])
-        h = F.interpolate(h, (H, W))  # a 4 x 4 image has shrunk to one pixel
+        h = F.interpolate(h, (H, W))  # a 4 x 4 image is one pixel here
         # the mean of each quarter, with windows that MPS supports for odd sizes
         h = F.avg_pool2d(h, ((H + 1) // 2, (W + 1) // 2), (H // 2, W // 2))
         return self.out(h.flatten(1))
@@ -815,7 +824,7 @@ class EMA:
 
 
 def set_learning_rate(optimizer, cfg, step):
-    """Warm up linearly to cfg.lr, and let it decay from step 0 to cfg.steps."""
+    """A linear warm-up to cfg.lr, times half a cosine over cfg.steps if it decays."""
     lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
     if cfg.decay == "cosine":
         lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
@@ -864,10 +873,10 @@ def train_classifier(cfg, run, data, schedule):
     def fit(classifier):
         optimizer = torch.optim.AdamW(classifier.parameters(), 3e-3, weight_decay=0.05,
                                       fused=run.device.type != "mps")
-        its_cfg = replace(cfg, lr=3e-3, steps=cfg.classifier_steps)
+        classifier_cfg = replace(cfg, lr=3e-3, steps=cfg.classifier_steps)
         for step in run.steps(cfg.classifier_steps, "classifier", save=False,
                               classifier=classifier, optimizer=optimizer):
-            set_learning_rate(optimizer, its_cfg, step)
+            set_learning_rate(optimizer, classifier_cfg, step)
             x0, y = run.batch(data.train, data.train_labels, size=64)
             shift = tuple(torch.randint(-2, 3, (2,)).tolist())
             x0 = torch.roll(x0, shift, dims=(2, 3))  # in place of [ADM]'s random crops
@@ -938,7 +947,7 @@ def figure_samples(run, cfg, samples, y, data):
 
 @plotting.figure("grid.png", compares=False)
 def figure_grid(run, cfg, draw, data, classes):
-    """grid.png: each column one noise and class, each row one guidance weight."""
+    """grid.png: a column for each class and its noise, a row for each weight."""
     weights = cfg.w if cfg.guidance != "none" else (0.0,)
     xT = torch.randn(len(classes), *data.shape, device=run.device)
     y = torch.tensor(classes, device=run.device)

@@ -4,9 +4,10 @@
     python ddim_example.py --sample --evaluate 500    score samples of the newest run
     python experiments/ddim.py                        few steps and many, codes, quality
 
-The network is DDPM's, since many processes share its objective (Thm. 1). New are steps
-from DDIM to DDPM (Eq. 12, 16), sub-sequences tau (Sec. 4.2), encoding (Sec. 5.4) and
-interpolation (App. D.5). alpha_bars[t] is the paper's alpha_t; [DDPM] arXiv 2006.11239.
+The network is trained as in [DDPM], arXiv 2006.11239, whose paper and code its settings
+refer to. New are a sampler that is DDIM for eta = 0 and DDPM for eta = 1 (Eq. 12, 16),
+sub-sequences tau (Sec. 4.2), encoding (Sec. 5.4) and interpolation (App. D.5).
+alpha_bars[t] is the paper's alpha_t.
 
 Departures from the paper (`--preset paper` undoes 1, 2, 3, 5 and 6):
   1. the U-Net is small and works on 2x2 blocks of pixels (`patch`), so that it trains
@@ -14,10 +15,10 @@ Departures from the paper (`--preset paper` undoes 1, 2, 3, 5 and 6):
   2. the learning rate decays, and the average of the weights is shorter;
   3. training draws more of the middle t (`drawing`; results/ideas.md);
   4. the average follows the weights faster in the first steps (EMA);
-  5. sampling multiplies eps_hat by `eps_scale`, for a small network's pale x0_hat;
+  5. sampling multiplies eps_hat by `eps_scale`: images of a small network are pale;
   6. x0_hat is clamped (`clip_x0`), in the authors' code only with sigma_hat;
-  7. initial weights and the padding of strided convolutions are PyTorch's.
-tau ends in T; in the authors' code it is 1, 21, ..., 981, or quadratic up to 0.8 T.
+  7. initial weights, padding and the epsilon of the group norms are PyTorch's;
+  8. tau ends in T, in the authors' code in 981 for S = 50, if quadratic in 0.8 T.
 """
 
 import copy
@@ -40,7 +41,7 @@ Drawing = Literal["uniform", "logit_normal"]
 
 @dataclass(frozen=True)
 class Config:
-    """Each field is a flag: its type is the range, its comment the help text."""
+    """Each field is a flag. Its type gives the range, its comment is the help text."""
 
     # diffusion
     T: Count = 1000              # diffusion steps (paper: 1000)
@@ -49,7 +50,7 @@ class Config:
     beta_T: OpenFraction = 0.02  # linear schedule: beta_T for T = 1000 (paper: 0.02)
     # sampling
     S: Count = 50                # sampling steps (paper: 10 to 1000)
-    eta: Probability = 0.0       # noise: 0 none, 1 as much as DDPM (paper: 0 to 1)
+    eta: Probability = 0.0       # noise: 0 (none) to 1 (as much as DDPM) (paper: both)
     spacing: Literal["linear", "quadratic"] = "linear"  # spacing of tau (paper: either)
     sigma_hat: bool = False      # larger noise, for eta 1 (paper: in Table 1)
     clip_x0: bool = True         # clamp x0_hat to [-1, 1] (code: only with sigma_hat)
@@ -63,7 +64,7 @@ class Config:
     channels: Count = 32         # width of the U-Net, even, at least 4 (code: 128)
     mults: tuple[Count, ...] = (1, 2)    # relative width of each level (code: 1 2 2 2)
     blocks: Count = 1            # residual blocks per level (paper: 2)
-    attention: tuple[Count, ...] = (7,)  # resolutions with attention (paper: 16)
+    attention: tuple[Count, ...] = (7,)  # in patches, where attention is (paper: 16)
     heads: Count = 1             # attention heads (code: 1)
     groups: Count = 8            # groups in each group norm (code: 32)
     dropout: Fraction = 0.0      # dropout in the residual blocks (paper: 0.1)
@@ -73,7 +74,7 @@ class Config:
     steps: Count = 4000          # optimiser steps (paper: 800000)
     batch_size: Count = 32       # images per step, over all processes (paper: 128)
     lr: Positive = 2e-3          # peak learning rate (paper: 2e-4)
-    warmup: Whole = 200          # steps of learning-rate warm-up ([DDPM]'s code: 5000)
+    warmup: Whole = 200          # steps of learning-rate warm-up (code: 5000)
     decay: Literal["cosine", "constant"] = "cosine"  # decay of lr (paper: constant)
     weight_decay: NonNegative = 0.0  # AdamW's weight decay; 0 gives Adam (paper: 0)
     grad_clip: Positive = 1.0    # largest norm of the gradient (code: 1)
@@ -155,7 +156,7 @@ def q_sample(x0, t, eps, alpha_bars):
 def ddpm_loss(model, x0, t, eps, schedule):
     """The simple objective. x0, eps: (B, C, H, W); t: (B,) int64 in 1..T -> scalar.
 
-    It is the bound without the weights of its terms (`bound_weight`), so small t count
+    It is the bound with every weight of Eq. 12 set to 1, so the terms of small t count
     for less. This takes the mean over pixels where the paper takes their sum.
     """
     # [DDPM] Eq. 14: E |eps - eps_theta(sqrt(alpha_bar_t) x_0
@@ -167,11 +168,11 @@ def ddpm_loss(model, x0, t, eps, schedule):
 def draw_t(n, T, drawing):
     """Draw the steps t of a batch: (n,) int64 in 1..T, on the CPU.
 
-    "uniform" is [DDPM] Alg. 1, line 3. "logit_normal" draws more of the middle t, which
-    decide what an image shows: the logit of t / T is N(-0.2, 1), after arXiv
-    2403.03206, Sec. 3.1, with one draw from each of n equal quantiles, so that batches
-    differ less. One t in sixteen is uniform all the same, since small t, which are rare
-    here, weigh most in the bound.
+    "uniform" is [DDPM] Alg. 1, line 3. "logit_normal" draws the middle t more often,
+    since they decide what an image shows: logit(t / T) is N(-0.2, 1), after arXiv
+    2403.03206, Sec. 3.1. Each of n equal quantiles gives one t, so batches differ less.
+    One t in sixteen is uniform: small t, which weigh most in the bound, would otherwise
+    be too rare.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
@@ -192,9 +193,10 @@ def predict_x0(xt, eps_hat, t, alpha_bars):
 
 
 def clip_eps(xt, eps_hat, t, alpha_bars):
-    """The eps_hat whose x0_hat is that of `eps_hat`, clamped to [-1, 1]."""
+    """The eps_hat of the clamped x0_hat in [-1, 1]. t: int or (B,) in 1..T."""
     alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
     x0_hat = predict_x0(xt, eps_hat, t, alpha_bars).clamp(-1, 1)
+    # Eq. 15 for eps_hat: (x_t - sqrt(alpha_bar_t) x0_hat) / sqrt(1 - alpha_bar_t)
     return (xt - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
 
 
@@ -202,9 +204,9 @@ def ddim_timesteps(T, S, spacing="linear"):
     """tau: S distinct ascending ints in 1..T, of which the last is T."""
     if not 1 <= S <= T:
         raise Mistake(f"S {S}: must be at least 1 and at most T, {T}")
-    # [DDIM] App. D.2: tau_i = floor(c i) or floor(c i^2), where c makes tau_S = T
+    # [DDIM] App. D.2: tau_i = floor(c i) or floor(c i^2); here c makes tau_S = T
     power = 2 if spacing == "quadratic" else 1
-    return [max(i, T * i**power // S**power) for i in range(1, S + 1)]  # all distinct
+    return [max(i, T * i**power // S**power) for i in range(1, S + 1)]  # max: distinct
 
 
 def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=0.0):
@@ -212,8 +214,8 @@ def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=0.0):
     alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[t_prev]
     sigma = torch.zeros_like(alpha_bar)
     # [DDIM] Eq. 16: sigma_t = eta sqrt((1 - alpha_bar_{t-1}) / (1 - alpha_bar_t))
-    #                              sqrt(1 - alpha_bar_t / alpha_bar_{t-1})
-    if eta > 0:  # otherwise t_prev may be above t, where the second root has no value
+    #     sqrt(1 - alpha_bar_t / alpha_bar_{t-1}), where t_prev = tau_{i-1} is the t - 1
+    if eta > 0:  # ddim_invert steps upwards, where the second root is not real
         sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())
     # [DDIM] Eq. 12: x_{t-1} = sqrt(alpha_bar_{t-1}) x0_hat
@@ -225,7 +227,7 @@ def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=0.0):
 
 @torch.no_grad()
 def ddim_process(model, xT, schedule, S=50, eta=0.0, spacing="linear", clip_x0=True):
-    """Steps from DDIM (eta = 0) to DDPM (eta = 1). Yields (T, x_T), ..., (0, x_0).
+    """S steps of DDIM (eta = 0) or DDPM (eta = 1). Yields (T, x_T), ..., (0, x_0).
 
     xT: (B, C, H, W), standard normal noise. Source: [DDIM] Eq. 12, Sec. 4.2.
     """
@@ -251,7 +253,8 @@ def sigma_hat_process(model, xT, schedule, S=50, spacing="linear", clip_x0=True)
         eps_hat = model(xt, torch.full((len(xt),), tau[i], device=xt.device))
         if clip_x0:
             eps_hat = clip_eps(xt, eps_hat, tau[i], alpha_bars)
-        # [DDIM] App. D.3: sigma_hat_t = sqrt(1 - alpha_bar_t / alpha_bar_{t-1})
+        # [DDIM] Sec. 5: sigma_hat = sqrt(1 - alpha_bar_t / alpha_bar_{t-1}), which is
+        # sqrt(beta_t) for S = T. App. D.3: the mean of eta = 1, this noise added
         sigma_hat = (1 - alpha_bars[tau[i]] / alpha_bars[tau[i - 1]]).sqrt()
         z = torch.randn_like(xt) if i > 1 else torch.zeros_like(xt)  # [DDPM] Alg. 2
         mean = ddim_step(xt, eps_hat, tau[i], tau[i - 1], alpha_bars, eta=1.0)
@@ -272,7 +275,7 @@ def ddim_invert(model, x0, schedule, S=50, spacing="linear"):
     xt, alpha_bars = x0, schedule.alpha_bars
     tau = [0, *ddim_timesteps(schedule.T, S, spacing)]
     for i in range(S):
-        t = max(tau[i], tau[1])  # the network was not trained at t = 0
+        t = max(tau[i], tau[1])  # it knows no t = 0; decoding asks at tau_1 here, too
         eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
         xt = ddim_step(xt, eps_hat, tau[i], tau[i + 1], alpha_bars)
     return xt
@@ -292,8 +295,10 @@ def slerp(a, b, u):
 def timestep_embedding(t, dim):
     """Sines, then cosines of t: (B,) -> (B, dim). Source: arXiv 1706.03762, Sec. 3.5.
 
-    The order is that of [DDPM]'s code; the source alternates sines and cosines.
+    The order and the frequencies are those of [DDPM]'s code; the source alternates
+    sines and cosines, and divides k by dim / 2.
     """
+    # sin(w_k t) and cos(w_k t), where w_k = 10000^(-k / (dim / 2 - 1))
     k, last = torch.arange(dim // 2, device=t.device), dim // 2 - 1
     frequencies = torch.exp(-math.log(10000) * k / last)
     angles = t.float()[:, None] * frequencies
@@ -301,7 +306,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(layer):
-    """Set a layer to zero, so that its residual block starts by adding nothing."""
+    """Set a layer to zero: residual blocks start as the identity, eps_hat as 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -310,7 +315,7 @@ def zero_init(layer):
 class ResBlock(nn.Module):
     """Two convolutions, with the time added in between."""
 
-    recompute = True  # --grad_checkpointing computes its activations twice
+    recompute = True  # --grad_checkpointing: not stored, computed again going back
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -430,7 +435,7 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), widths[level], sizes[level]))
                 c = widths[level]
             if level > 0:
-                # narrow before the resolution doubles, which makes it cheaper (patch)
+                # with patches the width falls before the resolution doubles: cheaper
                 c_up = widths[level - 1] if patch > 1 else c
                 self.up.append(Upsample(c, c_up))
                 c = c_up
@@ -488,7 +493,7 @@ class EMA:
 
 
 def set_learning_rate(optimizer, cfg, step):
-    """Warm up linearly to cfg.lr, and let it decay from step 0 to cfg.steps."""
+    """A linear warm-up to cfg.lr, times half a cosine over cfg.steps if it decays."""
     lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
     if cfg.decay == "cosine":
         lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
@@ -564,9 +569,10 @@ def figure_loss(run, model, data, schedule):
 def main(argv=None):
     """Train a network, or load one; then draw images, and score them if asked to."""
     cfg, run = open_run("ddim", Config, PRESETS, SAMPLING, argv, reads=("ddpm",))
-    ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # S > T is a mistake
+    ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # a Mistake if S > T
     if cfg.sigma_hat and cfg.eta != 1:
         raise Mistake(f"eta {cfg.eta:g}: must be 1 with --sigma_hat")
+    schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     data = run.load(load_images, cfg.dataset, cfg.image_size)
     if run.sampling:
         model = run.trained(make_unet(cfg, data.shape))
@@ -574,8 +580,6 @@ def main(argv=None):
         model = train(cfg, run, data)
     if not run.main:
         return  # of several processes only the first one draws
-
-    schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
 
     def eps_model(xt, t):
         return cfg.eps_scale * model(xt, t)  # departure 5

@@ -14,10 +14,10 @@ Departures from the paper (`--preset paper` undoes 1, 2, 3, 5 and 6):
   2. the learning rate decays, and the average of the weights is shorter;
   3. training draws more of the middle t (`drawing`; results/ideas.md);
   4. the average follows the weights faster in the first steps (EMA);
-  5. sampling multiplies eps_hat by `eps_scale`, for a small network's pale x0_hat;
-  6. the variance is beta_tilde, one of the two in Sec. 3.2 (the authors' code: beta);
-  7. initial weights and the padding of strided convolutions are PyTorch's.
-Sampling clamps x0_hat (`clip_x0`), as the authors' code does.
+  5. sampling multiplies eps_hat by `eps_scale`: images of a small network are pale;
+  6. the variance is beta_tilde, as in the authors' code for LSUN (for CIFAR-10: beta);
+  7. initial weights, padding and the epsilon of the group norms are PyTorch's;
+  8. x0_hat is clamped (`clip_x0`), as in the authors' code.
 """
 
 import copy
@@ -41,7 +41,7 @@ Drawing = Literal["uniform", "logit_normal"]
 
 @dataclass(frozen=True)
 class Config:
-    """Each field is a flag: its type is the range, its comment the help text."""
+    """Each field is a flag. Its type gives the range, its comment is the help text."""
 
     # diffusion
     T: Count = 1000              # diffusion steps (paper: 1000)
@@ -61,7 +61,7 @@ class Config:
     channels: Count = 32         # width of the U-Net, even, at least 4 (code: 128)
     mults: tuple[Count, ...] = (1, 2)    # relative width of each level (code: 1 2 2 2)
     blocks: Count = 1            # residual blocks per level (paper: 2)
-    attention: tuple[Count, ...] = (7,)  # resolutions with attention (paper: 16)
+    attention: tuple[Count, ...] = (7,)  # in patches, where attention is (paper: 16)
     heads: Count = 1             # attention heads (code: 1)
     groups: Count = 8            # groups in each group norm (code: 32)
     dropout: Fraction = 0.0      # dropout in the residual blocks (paper: 0.1)
@@ -87,7 +87,7 @@ PRESETS = {
     "smoke": Config(
         T=20, channels=8, groups=4, steps=6, batch_size=8, warmup=2, preview_every=3,
         n_samples=4),
-    "paper": Config(  # CIFAR-10, App. B
+    "paper": Config(  # CIFAR-10, [DDPM] App. B
         dataset="cifar10", flip=True, channels=128, mults=(1, 2, 2, 2), blocks=2,
         attention=(16,), groups=32, dropout=0.1, patch=1, steps=800_000, batch_size=128,
         lr=2e-4, warmup=5000, decay="constant", ema=0.9999, preview_every=5000,
@@ -181,7 +181,7 @@ def q_posterior(x0, xt, t, schedule):
 def ddpm_loss(model, x0, t, eps, schedule):
     """The simple objective. x0, eps: (B, C, H, W); t: (B,) int64 in 1..T -> scalar.
 
-    It is the bound without the weights of its terms (`bound_weight`), so small t count
+    It is the bound with every weight of Eq. 12 set to 1, so the terms of small t count
     for less. This takes the mean over pixels where the paper takes their sum.
     """
     # [DDPM] Eq. 14: E |eps - eps_theta(sqrt(alpha_bar_t) x_0
@@ -193,11 +193,11 @@ def ddpm_loss(model, x0, t, eps, schedule):
 def draw_t(n, T, drawing):
     """Draw the steps t of a batch: (n,) int64 in 1..T, on the CPU.
 
-    "uniform" is [DDPM] Alg. 1, line 3. "logit_normal" draws more of the middle t, which
-    decide what an image shows: the logit of t / T is N(-0.2, 1), after arXiv
-    2403.03206, Sec. 3.1, with one draw from each of n equal quantiles, so that batches
-    differ less. One t in sixteen is uniform all the same, since small t, which are rare
-    here, weigh most in the bound.
+    "uniform" is [DDPM] Alg. 1, line 3. "logit_normal" draws the middle t more often,
+    since they decide what an image shows: logit(t / T) is N(-0.2, 1), after arXiv
+    2403.03206, Sec. 3.1. Each of n equal quantiles gives one t, so batches differ less.
+    One t in sixteen is uniform: small t, which weigh most in the bound, would otherwise
+    be too rare.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
@@ -218,9 +218,10 @@ def predict_x0(xt, eps_hat, t, alpha_bars):
 
 
 def clip_eps(xt, eps_hat, t, alpha_bars):
-    """The eps_hat whose x0_hat is that of `eps_hat`, clamped to [-1, 1]."""
+    """The eps_hat of the clamped x0_hat in [-1, 1]. t: int or (B,) in 1..T."""
     alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
     x0_hat = predict_x0(xt, eps_hat, t, alpha_bars).clamp(-1, 1)
+    # Eq. 15 for eps_hat: (x_t - sqrt(alpha_bar_t) x0_hat) / sqrt(1 - alpha_bar_t)
     return (xt - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
 
 
@@ -236,7 +237,8 @@ def p_theta(model, xt, t, schedule, variance="beta_tilde", clip_x0=True):
         eps_hat = clip_eps(xt, eps_hat, t, schedule.alpha_bars)
     # [DDPM] Eq. 11: (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t)
     mean = (xt - beta / (1 - alpha_bar).sqrt() * eps_hat) / alpha.sqrt()
-    return mean, beta if variance == "beta" else beta_tilde(t, schedule)
+    sigma2 = beta if variance == "beta" else beta_tilde(t, schedule)
+    return mean, sigma2
 
 
 @torch.no_grad()
@@ -268,8 +270,10 @@ def sample(model, shape, schedule, variance="beta_tilde", clip_x0=True, xT=None)
 def timestep_embedding(t, dim):
     """Sines, then cosines of t: (B,) -> (B, dim). Source: arXiv 1706.03762, Sec. 3.5.
 
-    The order is that of [DDPM]'s code; the source alternates sines and cosines.
+    The order and the frequencies are those of [DDPM]'s code; the source alternates
+    sines and cosines, and divides k by dim / 2.
     """
+    # sin(w_k t) and cos(w_k t), where w_k = 10000^(-k / (dim / 2 - 1))
     k, last = torch.arange(dim // 2, device=t.device), dim // 2 - 1
     frequencies = torch.exp(-math.log(10000) * k / last)
     angles = t.float()[:, None] * frequencies
@@ -277,7 +281,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(layer):
-    """Set a layer to zero, so that its residual block starts by adding nothing."""
+    """Set a layer to zero: residual blocks start as the identity, eps_hat as 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -286,7 +290,7 @@ def zero_init(layer):
 class ResBlock(nn.Module):
     """Two convolutions, with the time added in between."""
 
-    recompute = True  # --grad_checkpointing computes its activations twice
+    recompute = True  # --grad_checkpointing: not stored, computed again going back
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -406,7 +410,7 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), widths[level], sizes[level]))
                 c = widths[level]
             if level > 0:
-                # narrow before the resolution doubles, which makes it cheaper (patch)
+                # with patches the width falls before the resolution doubles: cheaper
                 c_up = widths[level - 1] if patch > 1 else c
                 self.up.append(Upsample(c, c_up))
                 c = c_up
@@ -464,7 +468,7 @@ class EMA:
 
 
 def set_learning_rate(optimizer, cfg, step):
-    """Warm up linearly to cfg.lr, and let it decay from step 0 to cfg.steps."""
+    """A linear warm-up to cfg.lr, times half a cosine over cfg.steps if it decays."""
     lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
     if cfg.decay == "cosine":
         lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
@@ -516,7 +520,7 @@ def bound_weight(t, schedule, variance="beta"):
 
 
 def discrete_log_likelihood(x0, mean, sigma):
-    """log p(x_0 | x_1) of 8-bit images x0, in nats, like x0."""
+    """log p(x_0 | x_1) of 8-bit images x0, in nats, one number a pixel."""
     device = x0.device
     x0, mean, sigma = x0.cpu(), mean.cpu(), sigma.cpu()  # MPS may lack log_ndtr
     # [DDPM] Eq. 13: the integral of N(x; mean, sigma^2) from delta_- to delta_+,
@@ -533,7 +537,7 @@ def discrete_log_likelihood(x0, mean, sigma):
 
 @torch.no_grad()
 def bound_term(model, x0, t, schedule, variance="beta_tilde", clip_x0=True):
-    """L_{t-1} in nats, like x0: (B, C, H, W), from one draw of x_t. t: int in 1..T.
+    """L_{t-1} in nats, a number a pixel: (B, C, H, W), of one draw of x_t. t: in 1..T.
 
     L_0 takes sigma_1^2 = beta_tilde_2 with either variance, as the authors' code does:
     beta_tilde_1 is 0.
@@ -544,7 +548,8 @@ def bound_term(model, x0, t, schedule, variance="beta_tilde", clip_x0=True):
         sigma2 = beta_tilde(2, schedule) if schedule.T > 1 else schedule.betas[1]
         return -discrete_log_likelihood(x0, mean, sigma2.sqrt())
     mean_q, variance_q = q_posterior(x0, xt, t, schedule)
-    # [DDPM] Eq. 8: |mu_tilde - mu_theta|^2 / (2 sigma_t^2) + C
+    # [DDPM] Eq. 8: |mu_tilde - mu_theta|^2 / (2 sigma_t^2) + C, where
+    # C = (r - 1 - log r) / 2 and r = beta_tilde_t / sigma_t^2, as of two Gaussians
     ratio = variance_q / sigma2
     C = 0.5 * (ratio - 1 - ratio.log())
     return (mean_q - mean) ** 2 / (2 * sigma2) + C
@@ -603,6 +608,7 @@ def figure_loss(run, model, data, schedule):
 def main(argv=None):
     """Train a network, or load one; then draw images, and score them if asked to."""
     cfg, run = open_run("ddpm", Config, PRESETS, SAMPLING, argv)
+    schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
     data = run.load(load_images, cfg.dataset, cfg.image_size)
     if run.sampling:
         model = run.trained(make_unet(cfg, data.shape))
@@ -610,8 +616,6 @@ def main(argv=None):
         model = train(cfg, run, data)
     if not run.main:
         return  # of several processes only the first one draws
-
-    schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
 
     def eps_model(xt, t):
         return cfg.eps_scale * model(xt, t)  # departure 5

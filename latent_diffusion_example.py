@@ -10,16 +10,16 @@ its scaled latents (Sec. 3.2, Eq. 2), with the objective of [DDPM] (arXiv 2006.1
 and the sampler of [DDIM] (arXiv 2010.02502), whose x_0 and x_t are latents here.
 
 Departures from the paper (`--preset paper` undoes 3, 4 and 5):
-  1. the loss of stage 1 has neither LPIPS nor a discriminator (Eq. 25); the code's Adam
-     has betas (0.5, 0.9), it clips no gradients, and its autoencoder has more residual
-     blocks, in the middle and at each level of the decoder;
-  2. there is no codebook (App. G) and no conditioning (Sec. 3.3), the U-Net is that of
-     [DDPM], its gradients are clipped, and all training images set the scale;
+  1. the loss of stage 1 has neither LPIPS nor a discriminator (Eq. 25). The authors'
+     code has Adam's betas (0.5, 0.9), no clipping, and more residual blocks;
+  2. there is no codebook (App. G) and no conditioning (Sec. 3.3); the U-Net is that of
+     [DDPM], with as many heads at each level, and its gradients are clipped; the scale
+     is that of all training images, not of the first batch;
   3. the networks are small, the autoencoder works on 2x2 blocks of pixels, and its loss
      is the squared error with a KL weight of 0.01;
-  4. learning rates decay, the average of the weights is shorter, training draws more of
-     the middle t (`drawing`), and beta is linear, as in [DDPM];
-  5. sampling multiplies eps_hat by `eps_scale`, for a small network's pale x0_hat.
+  4. learning rates decay, the average of the weights is shorter, training draws the
+     middle t more often (`drawing`), and beta is linear, as in [DDPM];
+  5. sampling multiplies eps_hat by `eps_scale`, which suits this small network.
 """
 
 import copy
@@ -43,19 +43,19 @@ Drawing = Literal["uniform", "logit_normal"]
 
 @dataclass(frozen=True)
 class Config:
-    """Each field is a flag: its type is the range, its comment the help text."""
+    """Each field is a flag. Its type gives the range, its comment is the help text."""
 
     # autoencoder
     vae: str = ""                # skip stage 1: use the autoencoder of this run or file
     factor: Literal[2, 4, 8] = 4        # downsampling factor f (paper: 1 to 32)
-    z_channels: Count = 4        # channels of the latents (paper: 3 to 64)
+    z_channels: Count = 4        # channels of the latents (paper: 2 to 64)
     vae_channels: Count = 32     # width of the autoencoder's first level (code: 128)
     vae_blocks: Count = 1        # residual blocks per level (code: 2)
     vae_patch: Literal[1, 2, 4, 8] = 2  # patch of the autoencoder, in pixels (paper: 1)
     kl_weight: NonNegative = 1e-2       # weight of the KL term (paper: 1e-6)
     reconstruction: Literal["l1", "l2"] = "l2"  # error of pixels (code: l1 and LPIPS)
     vae_steps: Count = 1000      # optimiser steps of stage 1
-    vae_lr: Positive = 2e-3      # peak learning rate of stage 1 (code: 4.5e-6 an image)
+    vae_lr: Positive = 2e-3      # peak rate of stage 1 (code: 4.5e-6 times the batch)
     # diffusion
     T: Count = 1000              # diffusion steps (paper: 1000)
     schedule: Kind = "linear"    # noise schedule (code: scaled_linear)
@@ -63,13 +63,13 @@ class Config:
     beta_T: OpenFraction = 0.02  # linear schedules: beta_T for T = 1000 (code: 0.0195)
     # sampling
     S: Count = 250               # sampling steps (paper: 500 for CelebA-HQ)
-    eta: Probability = 1.0       # noise: 0 none, 1 as much as DDPM (paper: 0 to 1)
+    eta: Probability = 1.0       # noise: 0 (none) to 1 (as much as DDPM) (paper: both)
     spacing: Literal["linear", "quadratic"] = "linear"  # spacing of tau (code: either)
     eps_scale: Positive = 1.1    # factor of eps_hat in sampling (paper: 1)
     n_samples: Count = 64        # number of images drawn at the end
     # data
-    dataset: str = "digits"      # digits, mnist, folder:PATH, ... (paper: ImageNet)
-    image_size: Whole = 32       # resize or pad images to this size; 0 keeps theirs
+    dataset: str = "digits"      # digits, mnist, folder:PATH, ... (paper: CelebA-HQ)
+    image_size: Whole = 32       # resize images to this resolution; 0 keeps theirs
     flip: bool = False           # mirror images at random (code: for LSUN only)
     # network
     channels: Count = 48         # width of the U-Net, even, at least 4 (paper: 224)
@@ -79,7 +79,7 @@ class Config:
     heads: Count = 1             # attention heads (paper: one for 32 channels)
     groups: Count = 8            # groups in each group norm (code: 32)
     dropout: Fraction = 0.0      # dropout in the residual blocks (paper: 0)
-    patch: Count = 1             # patch x patch pixels become channels (paper: 1)
+    patch: Count = 1             # patch x patch latents become channels (paper: 1)
     # training
     drawing: Drawing = "logit_normal"  # distribution of t in training (paper: uniform)
     steps: Count = 5000          # optimiser steps of stage 2 (paper: 410000)
@@ -105,7 +105,7 @@ PRESETS = {
     "smoke": Config(
         vae_channels=8, vae_steps=4, T=50, channels=8, groups=4, steps=6, batch_size=8,
         warmup=2, preview_every=3, S=5, n_samples=4),
-    "paper": Config(  # the sizes of CelebA-HQ's LDM-4, Tab. 12, for CIFAR-10
+    "paper": Config(  # CelebA-HQ's LDM-4, Tab. 12 (there VQ), for CIFAR-10
         z_channels=3, vae_channels=128, vae_blocks=2, vae_patch=1, kl_weight=1e-6,
         reconstruction="l1", vae_steps=200_000, vae_lr=2e-4, schedule="scaled_linear",
         beta_1=1.5e-3, beta_T=0.0195, S=500, eps_scale=1.0, dataset="cifar10",
@@ -193,7 +193,7 @@ def q_sample(x0, t, eps, alpha_bars):
 
 def gaussian_kl(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, I)) of each image: two (B, c, h, w) -> (B,)."""
-    # 1/2 sum of (mean^2 + sigma^2 - 1 - log sigma^2)
+    # arXiv 1312.6114, App. B: 1/2 sum of (mean^2 + sigma^2 - 1 - log sigma^2)
     return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
@@ -213,7 +213,7 @@ def vae_loss(x, x_hat, mean, logvar, kl_weight, reconstruction="l2"):
 def ddpm_loss(model, x0, t, eps, schedule):
     """The simple objective. x0, eps: (B, C, H, W); t: (B,) int64 in 1..T -> scalar.
 
-    It is the bound without the weights of its terms (`bound_weight`), so small t count
+    It is the bound with every weight of Eq. 12 set to 1, so the terms of small t count
     for less. This takes the mean over pixels where the paper takes their sum.
     """
     # [DDPM] Eq. 14: E |eps - eps_theta(sqrt(alpha_bar_t) x_0
@@ -225,11 +225,11 @@ def ddpm_loss(model, x0, t, eps, schedule):
 def draw_t(n, T, drawing):
     """Draw the steps t of a batch: (n,) int64 in 1..T, on the CPU.
 
-    "uniform" is [DDPM] Alg. 1, line 3. "logit_normal" draws more of the middle t, which
-    decide what an image shows: the logit of t / T is N(-0.2, 1), after arXiv
-    2403.03206, Sec. 3.1, with one draw from each of n equal quantiles, so that batches
-    differ less. One t in sixteen is uniform all the same, since small t, which are rare
-    here, weigh most in the bound.
+    "uniform" is [DDPM] Alg. 1, line 3. "logit_normal" draws the middle t more often,
+    since they decide what an image shows: logit(t / T) is N(-0.2, 1), after arXiv
+    2403.03206, Sec. 3.1. Each of n equal quantiles gives one t, so batches differ less.
+    One t in sixteen is uniform: small t, which weigh most in the bound, would otherwise
+    be too rare.
     """
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
@@ -253,9 +253,9 @@ def ddim_timesteps(T, S, spacing="linear"):
     """tau: S distinct ascending ints in 1..T, of which the last is T."""
     if not 1 <= S <= T:
         raise Mistake(f"S {S}: must be at least 1 and at most T, {T}")
-    # [DDIM] App. D.2: tau_i = floor(c i) or floor(c i^2), where c makes tau_S = T
+    # [DDIM] App. D.2: tau_i = floor(c i) or floor(c i^2); here c makes tau_S = T
     power = 2 if spacing == "quadratic" else 1
-    return [max(i, T * i**power // S**power) for i in range(1, S + 1)]  # all distinct
+    return [max(i, T * i**power // S**power) for i in range(1, S + 1)]  # max: distinct
 
 
 def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=0.0):
@@ -263,8 +263,8 @@ def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=0.0):
     alpha_bar, alpha_bar_prev = alpha_bars[t], alpha_bars[t_prev]
     sigma = torch.zeros_like(alpha_bar)
     # [DDIM] Eq. 16: sigma_t = eta sqrt((1 - alpha_bar_{t-1}) / (1 - alpha_bar_t))
-    #                              sqrt(1 - alpha_bar_t / alpha_bar_{t-1})
-    if eta > 0:  # otherwise t_prev may be above t, where the second root has no value
+    #     sqrt(1 - alpha_bar_t / alpha_bar_{t-1}), where t_prev = tau_{i-1} is the t - 1
+    if eta > 0:  # ddim_invert steps upwards, where the second root is not real
         sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())
     # [DDIM] Eq. 12: x_{t-1} = sqrt(alpha_bar_{t-1}) x0_hat
@@ -276,7 +276,7 @@ def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=0.0):
 
 @torch.no_grad()
 def ddim_process(model, xT, schedule, S=50, eta=0.0, spacing="linear"):
-    """Steps from DDIM (eta = 0) to DDPM (eta = 1). Yields (T, x_T), ..., (0, x_0).
+    """S steps of DDIM (eta = 0) or DDPM (eta = 1). Yields (T, x_T), ..., (0, x_0).
 
     xT: (B, C, H, W), standard normal noise. Source: [DDIM] Eq. 12, Sec. 4.2. Latents
     have no range, so no x0_hat is clamped.
@@ -318,8 +318,10 @@ def decode_all(vae, z, batch_size=100):
 def timestep_embedding(t, dim):
     """Sines, then cosines of t: (B,) -> (B, dim). Source: arXiv 1706.03762, Sec. 3.5.
 
-    The order is that of [DDPM]'s code; the source alternates sines and cosines.
+    The order and the frequencies are those of [DDPM]'s code; the source alternates
+    sines and cosines, and divides k by dim / 2.
     """
+    # sin(w_k t) and cos(w_k t), where w_k = 10000^(-k / (dim / 2 - 1))
     k, last = torch.arange(dim // 2, device=t.device), dim // 2 - 1
     frequencies = torch.exp(-math.log(10000) * k / last)
     angles = t.float()[:, None] * frequencies
@@ -327,7 +329,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(layer):
-    """Set a layer to zero, so that its residual block starts by adding nothing."""
+    """Set a layer to zero: residual blocks start as the identity, eps_hat as 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -336,7 +338,7 @@ def zero_init(layer):
 class ResBlock(nn.Module):
     """Two convolutions, with the time added in between."""
 
-    recompute = True  # --grad_checkpointing computes its activations twice
+    recompute = True  # --grad_checkpointing: not stored, computed again going back
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -456,7 +458,7 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), widths[level], sizes[level]))
                 c = widths[level]
             if level > 0:
-                # narrow before the resolution doubles, which makes it cheaper (patch)
+                # with patches the width falls before the resolution doubles: cheaper
                 c_up = widths[level - 1] if patch > 1 else c
                 self.up.append(Upsample(c, c_up))
                 c = c_up
@@ -494,7 +496,7 @@ def make_unet(cfg, shape):
 class VAEBlock(nn.Module):
     """Two convolutions, as in ResBlock, without the time."""
 
-    recompute = True  # --grad_checkpointing computes its activations twice
+    recompute = True  # --grad_checkpointing: not stored, computed again going back
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -612,7 +614,7 @@ class EMA:
 
 
 def set_learning_rate(optimizer, cfg, step):
-    """Warm up linearly to cfg.lr, and let it decay from step 0 to cfg.steps."""
+    """A linear warm-up to cfg.lr, times half a cosine over cfg.steps if it decays."""
     lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
     if cfg.decay == "cosine":
         lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
@@ -676,7 +678,7 @@ def train(cfg, run, data):
         return None, vae
 
     mean, logvar = encode_all(vae, data.train)  # once; each step draws a fresh z
-    if cfg.flip:  # the latents of a mirrored image are not its mirrored latents
+    if cfg.flip:  # encoding a mirrored image is not mirroring its latents
         mirrored = encode_all(vae, data.train.flip(3))
         mean, logvar = torch.cat([mean, mirrored[0]]), torch.cat([logvar, mirrored[1]])
     vae.scale.fill_(latent_scale(mean, logvar))
@@ -761,11 +763,10 @@ def main(argv=None):
     cfg, run = open_run("latent", Config, PRESETS, SAMPLING, argv)
     data = run.load(load_images, cfg.dataset, cfg.image_size)
     z_shape = latent_shape(cfg, data.shape)
-    ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # S > T is a mistake
+    ddim_timesteps(cfg.T, cfg.S, cfg.spacing)  # a Mistake if S > T
     schedule = make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T).to(run.device)
-    # The first step of DDIM divides the error of eps_hat by sqrt(alpha_bar_T), and
-    # latents have no range to clamp x0_hat to: no cosine from T = 50, no linear for
-    # T = 3 to 29, no scaled_linear for T = 3 to 20.
+    # Latents have no range to clamp x0_hat to, and the first step divides the error of
+    # eps_hat by sqrt(alpha_bar_T): it must not be tiny, as with cosine from T = 50 on.
     if (end := schedule.alpha_bars[-1].item()) < 1e-6:
         raise Mistake(f"schedule {cfg.schedule}: ends, with --T {cfg.T}, at "
                       f"alpha_bar_T = {end:.1e}, which must be at least 1e-06")
@@ -796,7 +797,7 @@ def main(argv=None):
     samples, timing = run.draw(cfg.n_samples, states, model, cfg.S)
     run.add_metrics(sampling=timing, samples=quality.glance(samples, data))
     plotting.samples(run.path("samples.png"), samples, data, "Drawn in latent space")
-    figure_denoising(run, eps_model, vae, latents(range(9)), schedule.alpha_bars)
+    figure_denoising(run, model, vae, latents(range(9)), schedule.alpha_bars)
     run.evaluate(states, model, cfg.S, data)
     run.finish("experiments/latent.py")
 

@@ -7,18 +7,19 @@
 
 The page follows the paper: the VE, VP and sub-VP SDEs (Eq. 9, 11, 12), score matching
 (Eq. 7), predictor-corrector sampling (Alg. 1 to 5), the probability-flow ODE (Eq. 13),
-control (Eq. 14, App. I) and likelihoods (Eq. 39). "Code" is score_sde_pytorch.
+control (Eq. 14, App. I), likelihoods (Eq. 39). Code: score_sde_pytorch; [DDPM]: arXiv
+2006.11239.
 
 Departures from the paper:
   1. the small U-Net and decaying learning rate of ddpm_example.py; an MLP for points;
-  2. training draws more of the middle t (`weighting`);
-  3. discrete steps take the exact transition from t to s; sub-VP has a corrector, too;
+  2. training draws the times in the middle more often (`weighting`);
+  3. the discrete steps use the exact transition from s to t; sub-VP has a corrector;
   4. the corrector comes before the predictor, as in the code; r is 0.16 for VP, too;
   5. sampling clamps x0_hat of images (`clip_x0`), likelihoods do not;
-  6. an SDE sampler ends with its last mean, in the paper with Tweedie's (App. G);
+  6. an SDE sampler ends with its last mean, as in the code; App. G has Tweedie's;
   7. VE's network and loss are scaled as in arXiv 2206.00364 (`scaling`), and its sigmas
      are twice the paper's, whose pixels are in [0, 1];
-  8. the cosine beta, the likelihood weighting and RK4 are from elsewhere.
+  8. not from the paper: the cosine beta, the likelihood weighting, RK4.
 """
 
 import copy
@@ -47,7 +48,7 @@ Weighting = Literal["simple", "likelihood", "logit_normal"]
 
 @dataclass(frozen=True)
 class Config:
-    """Each field is a flag: its type is the range, its comment the help text."""
+    """Each field is a flag. Its type gives the range, its comment is the help text."""
 
     # SDE
     sde: Literal["ve", "vp", "subvp"] = "vp"  # forward SDE (paper: all three)
@@ -55,9 +56,9 @@ class Config:
     beta_min: Positive = 0.1     # linear beta(t) at t = 0 (paper: 0.1)
     beta_max: Positive = 20.0    # linear beta(t) at t = 1 (paper: 20)
     sigma_min: Positive = 0.02   # smallest noise of ve (paper: 0.01 for x in [0, 1])
-    sigma_max: Positive = 100.0  # largest noise of ve (paper: 50 for x in [0, 1])
+    sigma_max: Positive = 100.0  # largest noise of ve (code: 50 for x in [0, 1])
     # sampling
-    sampler: Sampler = "pc"           # SDE or ODE (paper: ve pc, vp and subvp em)
+    sampler: Sampler = "pc"           # rk45, rk4: ODE (paper: ve pc, vp and subvp em)
     N: Count = 500                    # steps; rk4: N / 4, rk45: adaptive (paper: 1000)
     predictor: Predictor = "reverse"  # predictor of the sampler pc (code: reverse)
     corrector_steps: Whole = 1        # corrector steps per predictor step (paper: 1)
@@ -65,7 +66,7 @@ class Config:
     tolerance: OpenFraction = 1e-4    # rtol and atol of rk45 (paper: 1e-5)
     denoise: bool = True              # end with a mean, without its noise (paper: yes)
     clip_x0: bool = True              # clamp x0_hat in sampling images (paper: no)
-    std_floor: Probability = 1e-5     # smallest std by which eps_hat is divided
+    std_floor: Probability = 1e-5     # least std to divide by, for subvp near t = 0
     likelihood: Whole = 16            # number of held-out examples for the likelihood
     n_samples: Count = 64             # number of images drawn; of points, 100 n
     # data
@@ -86,7 +87,7 @@ class Config:
     layers: Count = 4            # blocks of the MLP for points
     # training
     weighting: Weighting = "logit_normal"  # lambda(t), density of t (paper: simple)
-    steps: Count = 4000          # optimiser steps (paper: 1300000)
+    steps: Count = 4000          # optimiser steps (paper: 950000)
     batch_size: Count = 32       # examples per step, over all processes (paper: 128)
     lr: Positive = 2e-3          # peak learning rate (code: 2e-4)
     warmup: Whole = 200          # steps of learning-rate warm-up (code: 5000)
@@ -134,16 +135,16 @@ def per_example(value, x):
 class SDE:
     """A row of the table above, for t in [0, T]. Source: [SDE] Eq. 5, 29.
 
-    x: (B, ...), t: (B,) of x's dtype. Sampling ends at the time eps, training and
-    likelihoods at eps_train ([SDE] App. C).
+    x: (B, ...), t: (B,) of x's dtype. Sampling ends at the time eps, training at
+    eps_train ([SDE] App. C). A subclass defines m, std, sde and ancestral_variance.
     """
 
     T, eps, eps_train, prior_std, has_ancestral = 1.0, 1e-3, 1e-5, 1.0, True
 
     def marginal(self, x0, t):
         """Mean (like x0) and std (broadcastable) of x_t, given x_0."""
-        # [SDE] Eq. 29: p(x_t | x_0) = N(m(t) x_0, std(t)^2 I); its VE has std(0) = 0,
-        # where App. C and this page have sigma_min
+        # [SDE] Eq. 29: p(x_t | x_0) = N(m(t) x_0, std(t)^2 I). VE's std(0) is sigma_min;
+        # the paper's sigma jumps to it from 0 at t = 0 (App. C)
         return per_example(self.m(t), x0) * x0, per_example(self.std(t), x0)
 
     def transition(self, s, t):
@@ -220,13 +221,13 @@ class VPSDE(SDE):
     """Variance preserving, the limit of DDPM. Source: [SDE] Eq. 11.
 
     kind "linear" is the paper's beta(t). "cosine" is the continuous form of the cosine
-    schedule (arXiv 2102.09672, Eq. 17), which runs to infinity and is capped.
+    schedule (arXiv 2102.09672, Eq. 17), which goes to infinity and is cut off at cap.
     """
 
     def __init__(self, beta_min=0.1, beta_max=20.0, kind="linear", cap=100.0):
         if kind not in ("linear", "cosine"):
             raise Mistake(f"beta {kind}: must be one of linear, cosine")
-        if beta_min >= beta_max:
+        if kind == "linear" and beta_min >= beta_max:
             raise Mistake(
                 f"beta_min {beta_min}: must be below --beta_max {beta_max}")
         self.beta_min, self.beta_max = beta_min, beta_max
@@ -310,8 +311,8 @@ def network_eps(model, sde, xt, t):
 def score_loss(model, sde, x0, t, eps, weighting="simple", density=None):
     """Denoising score matching. x0, eps: (B, ...), t: (B,) in (0, T] -> scalar.
 
-    lambda(t) is std^2, which leaves the error of eps_hat. For VE it is std^2 / c_out^2,
-    or its network would hardly be trained at a large sigma (arXiv 2206.00364, Eq. 8).
+    lambda(t) = std^2 makes this the squared error of eps_hat. VE has std^2 / c_out^2,
+    or its network would hardly be trained at large sigma (arXiv 2206.00364, Eq. 8).
     With "likelihood" it is g^2 (arXiv 2101.09258). density: see draw_times.
     """
     mean, std = sde.marginal(x0, t)
@@ -366,7 +367,7 @@ def score_fn(model, sde, std_floor=1e-5, clip_x0=False):
         eps_hat = network_eps(model, sde, x, t)
         if clip_x0:
             x0_hat = ((x - std * eps_hat) / m).clamp(-1, 1)
-            return (m * x0_hat - x) / std**2
+            return (m * x0_hat - x) / std**2  # Tweedie's formula, solved for the score
         # [SDE] Eq. 7, 29: score(x_t, t) = E[-eps | x_t] / std
         return -eps_hat / std
 
@@ -420,7 +421,8 @@ def ancestral_step(score, sde, x, t, s):
 def flow_step(score, sde, x, t, s):
     """Probability-flow sampling, which adds no noise. Source: [SDE] App. D.3."""
     a, variance = sde.transition(s, t)
-    # [SDE] Eq. 42: x_s = x_t - f_t(x_t) + 1/2 G_t^2 score(x_t, t); VE: 43, VP: 44
+    # [SDE] App. D.3, below Eq. 42: x_s = x_t - f_t(x_t) + 1/2 G_t^2 score(x_t, t);
+    # VE: Eq. 43, VP: Eq. 44
     return (2 - a) * x + 0.5 * variance * score(x, batch_time(t, x)), 0.0
 
 
@@ -448,11 +450,11 @@ def sde_process(predictor, score, sde, xT, steps, correctors=(), constrain=None)
     """[SDE] Alg. 1. Yields (T, x_T), ..., (eps, x_eps), (0, x_0).
 
     The corrector comes before the predictor (departure 4). x_0 is the mean of the last
-    step (departure 6): where steps are few, the noise of the last one is larger than
-    that of p_eps, and Tweedie's formula at eps would leave most of it.
+    step (departure 6): with few steps, the noise that it adds is larger than that of
+    p_eps, and Tweedie's formula at eps would leave most of it.
     predictor(score, sde, x, t, s): the mean of x_s, and the std of the noise to add.
     correctors: functions (score, x, t, alpha) -> x, which are applied in turn.
-    constrain(x, t) -> x: what is known of x_t replaces this part (imputation).
+    constrain(x, t) -> x puts a draw of the known part of x_t in its place (imputation).
     """
     constrain = constrain or (lambda x, t: x)
     ts = np.linspace(sde.T, sde.eps, steps + 1).tolist()
@@ -546,7 +548,8 @@ def sampling_process(cfg, score, sde, xT):
     """The process of the sampler that cfg names: yields (T, x_T), ..., samples last.
 
     Without cfg.denoise the samples are x_eps; with it they are the last mean of an SDE
-    sampler, or Tweedie's mean of the ODE's x_eps.
+    sampler, or Tweedie's mean of the ODE's x_eps. The predictor "none" ends with
+    Tweedie's mean in either case.
     """
     if cfg.sampler in ("rk45", "rk4"):
         for t, x in ode_process(score, sde, xT, sde.T, sde.eps, cfg.sampler,
@@ -591,7 +594,7 @@ def conditional_score(score, classifier, y):
 
 
 def imputation(sde, known, mask, basis=None):
-    """constrain(x, t) for sde_process: draws what is not known beside what is.
+    """constrain(x, t) for sde_process: draw the unknown part, given the known part.
 
     known: like x. mask: bool, broadcastable to x, True where x is known. basis: (C, C),
     its orthonormal rows are the channels that mask refers to. [SDE] App. I.2, I.3.
@@ -618,8 +621,10 @@ def imputation(sde, known, mask, basis=None):
 def timestep_embedding(t, dim):
     """Sines, then cosines of t: (B,) -> (B, dim). Source: arXiv 1706.03762, Sec. 3.5.
 
-    The order is that of [DDPM]'s code; the source alternates sines and cosines.
+    The order and the frequencies are those of [DDPM]'s code; the source alternates
+    sines and cosines, and divides k by dim / 2.
     """
+    # sin(w_k t) and cos(w_k t), where w_k = 10000^(-k / (dim / 2 - 1))
     k, last = torch.arange(dim // 2, device=t.device), dim // 2 - 1
     frequencies = torch.exp(-math.log(10000) * k / last)
     angles = t.float()[:, None] * frequencies
@@ -639,7 +644,7 @@ class FourierFeatures(nn.Module):
 
 
 def zero_init(layer):
-    """Set a layer to zero, so that its residual block starts by adding nothing."""
+    """Set a layer to zero: residual blocks start as the identity, eps_hat as 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -648,7 +653,7 @@ def zero_init(layer):
 class ResBlock(nn.Module):
     """Two convolutions, with the time added in between."""
 
-    recompute = True  # --grad_checkpointing computes its activations twice
+    recompute = True  # --grad_checkpointing: not stored, computed again going back
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout):
         super().__init__()
@@ -770,7 +775,7 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), widths[level], sizes[level]))
                 c = widths[level]
             if level > 0:
-                # narrow before the resolution doubles, which makes it cheaper (patch)
+                # with patches the width falls before the resolution doubles: cheaper
                 c_up = widths[level - 1] if patch > 1 else c
                 self.up.append(Upsample(c, c_up))
                 c = c_up
@@ -860,7 +865,7 @@ class EMA:
 
 
 def set_learning_rate(optimizer, cfg, step):
-    """Warm up linearly to cfg.lr, and let it decay from step 0 to cfg.steps."""
+    """A linear warm-up to cfg.lr, times half a cosine over cfg.steps if it decays."""
     lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
     if cfg.decay == "cosine":
         lr *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
@@ -1083,9 +1088,12 @@ def measure_likelihood(run, cfg, model, sde, data):
 def check_settings(run, cfg, sde, data):
     """Raise Mistake where cfg asks for something that the data or the SDE lacks."""
     images = len(data.shape) == 3
-    for name in ("flip", "dequantize", "image_size"):
-        if not images and run.opts.given.get(name):
-            raise Mistake(f"{name} needs images: --dataset {cfg.dataset} has none")
+    of_images = ("flip", "dequantize", "image_size", "channels", "mults", "blocks",
+                 "attention", "heads", "groups", "dropout", "patch")
+    for name in ("hidden", "layers") if images else of_images:
+        if run.opts.given.get(name):
+            raise Mistake(f"{name} needs {'points' if images else 'images'}: --dataset "
+                          f"{cfg.dataset} has none")
     if cfg.sampler == "ancestral" and not sde.has_ancestral:
         raise Mistake("sampler ancestral: must be em, reverse, pc, rk45 or rk4 with "
                       f"--sde {cfg.sde}")
@@ -1103,8 +1111,9 @@ def check_settings(run, cfg, sde, data):
 def main(argv=None):
     """Train a network, or load one; then draw samples, and score them if asked to."""
     cfg, run = open_run("score_based", Config, PRESETS, SAMPLING, argv)
+    sde = make_sde(cfg)
     data = run.load(load_data, cfg.dataset, cfg.image_size)
-    sde, images = make_sde(cfg), len(data.shape) == 3
+    images = len(data.shape) == 3
     check_settings(run, cfg, sde, data)
     if run.sampling:
         model = run.trained(make_network(cfg, data.shape))

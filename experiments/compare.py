@@ -99,8 +99,8 @@ def main(argv=None):
         scored = quality.scores(samples, data, y)
         scores[name] = part.read_metrics() | scored | {"sampling": timing}
         run.add_metrics(compare=scores)
-        title = (f"{name}: {its.steps} steps, Fréchet {scored['frechet_distance']:.1f},"
-                 f" right {scored['accuracy']:.0%}")
+        distance, right = scored["frechet_distance"], scored["accuracy"]
+        title = f"{name}: {its.steps} steps, Fréchet {distance:.1f}, right {right:.0%}"
         panels.append((title, samples[:100]))
     if panels:
         plotting.panels(

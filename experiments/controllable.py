@@ -1,4 +1,4 @@
-"""Control without new training ([SDE] Sec. 5, App. I): complete, colour, draw classes.
+"""Control of a score model ([SDE] Sec. 5, App. I): complete, colour, draw classes.
 
     python experiments/controllable.py                    complete held-out pictures
     python experiments/controllable.py --image broken.png --mask mask.png    your own
@@ -81,14 +81,13 @@ def colorize(score, sde, grey, steps, predictor=sb.reverse_diffusion_step,
              correctors=()):
     """Draw colours for grey, the mean of the channels: (B, 1, H, W) -> (B, 3, H, W).
 
-    In an orthonormal basis that begins with -(1, 1, 1) / sqrt(3), one channel of three
+    In an orthonormal basis that begins with (1, 1, 1) / sqrt(3), one channel of three
     is known. Source: [SDE] App. I.3.
     """
     if grey.shape[1] != 1:
         raise ValueError(f"grey: must have one channel, the mean, not {grey.shape[1]}")
-    # The first column of Q is the first of these over its length, with a minus sign.
-    columns = torch.tensor([[1.0, 1, 0], [1, 0, 1], [1, 0, 0]])
-    basis = torch.linalg.qr(columns).Q.mT.to(grey)
+    rows = torch.tensor([[1.0, 1, 1], [-2, 1, 1], [0, 1, -1]])  # orthogonal: App. I.3
+    basis = F.normalize(rows.to(grey), dim=1)
     known = grey.repeat(1, 3, 1, 1)
     mask = torch.tensor([True, False, False], device=grey.device).view(3, 1, 1)
     xT = sde.prior_std * torch.randn_like(known)
@@ -230,7 +229,7 @@ class NoisyClassifier(nn.Module):
         h = self.block3(self.attention(self.block2(h, emb)), emb)
         h = F.silu(self.norm_out(h))
         H, W = (max(2, size) for size in h.shape[2:])
-        h = F.interpolate(h, (H, W))  # a 4 x 4 image has shrunk to one pixel
+        h = F.interpolate(h, (H, W))  # a 4 x 4 image is one pixel here
         # the mean of each quarter, with windows that MPS supports for odd sizes
         h = F.avg_pool2d(h, ((H + 1) // 2, (W + 1) // 2), (H // 2, W // 2))
         return self.out(h.flatten(1))
@@ -254,10 +253,10 @@ def train_classifier(cfg, run, sde, data):
     def fit(classifier):
         optimizer = torch.optim.AdamW(classifier.parameters(), 3e-3, weight_decay=0.05,
                                       fused=run.device.type != "mps")
-        its_cfg = replace(cfg, lr=3e-3, steps=cfg.classifier_steps)
+        classifier_cfg = replace(cfg, lr=3e-3, steps=cfg.classifier_steps)
         for step in run.steps(cfg.classifier_steps, "classifier", save=False,
                               classifier=classifier, optimizer=optimizer):
-            set_learning_rate(optimizer, its_cfg, step)
+            set_learning_rate(optimizer, classifier_cfg, step)
             x0, y = run.batch(data.train, data.train_labels, size=64)
             shift = tuple(torch.randint(-2, 3, (2,)).tolist())
             x0 = torch.roll(x0, shift, dims=(2, 3))  # in place of [ADM]'s random crops

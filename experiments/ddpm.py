@@ -2,7 +2,7 @@
 
     python experiments/ddpm.py                   the newest run, or the shipped model
     python experiments/ddpm.py --sample RUN      this run
-    python experiments/ddpm.py --evaluate 500    the bound of 100 images instead of 32
+    python experiments/ddpm.py --evaluate 100    the bound of 100 images instead of 32
 
 forward.png      images dissolving, by t steps of Eq. 2 and by Eq. 4 at once
 schedules.png    how fast they dissolve, and the weights of Eq. 12
@@ -86,7 +86,7 @@ def figure_bound(run, cfg, model, data, schedule):
 
     Sending x_t costs L_t + ... + L_T bits, the rate; x0_hat is computed from x_t.
     """
-    x0 = data.test[:100 if run.opts.evaluate else 32]
+    x0 = data.test[:run.opts.evaluate or 32]
     L = ddpm.variational_bound(model, x0, schedule, cfg.variance, cfg.clip_x0)
     plotting.curves(run.path("bound.png"), [{
         "lines": {r"$L_{t-1}$, rate": (range(2, cfg.T + 1), L[1:-1])},
@@ -109,12 +109,12 @@ def figure_bound(run, cfg, model, data, schedule):
     every_t, style = range(1, cfg.T + 1), "o-" if cfg.T < 50 else "-"
     plotting.curves(run.path("rate_distortion.png"), [
         {"lines": {"_": (ts, distortion, "o-")}, "xlabel": "t", "xlim": (cfg.T, 0),
-         "ylabel": "rms error of x0_hat, of 255", "title": "distortion"},
+         "ylabel": "rms error of x0_hat, pixels 0 to 255", "title": "distortion"},
         {"lines": {"_": (every_t, [sum(L[t:]) for t in every_t], style)},
          "xlabel": "t", "xlim": (cfg.T, 0), "ylabel": "bits / dimension",
          "title": "rate"},
         {"lines": {"_": (rate, distortion, "o-")}, "xlabel": "bits / dimension",
-         "ylabel": "rms error of x0_hat, of 255",
+         "ylabel": "rms error of x0_hat, pixels 0 to 255",
          "title": "distortion against rate (Fig. 5)"}])
 
 

@@ -222,7 +222,7 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), widths[level], attends))
                 c = widths[level]
             if level > 0:
-                # narrow before the resolution doubles, which makes it cheaper (patch)
+                # with patches the width falls before the resolution doubles: cheaper
                 c_up = widths[level - 1] if patch > 1 else c
                 self.up.append(resampler(c, c_up, grow, Upsample))
                 c = c_up

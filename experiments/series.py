@@ -294,7 +294,7 @@ def first_counts(rows):
 class DilatedBlock(nn.Module):
     """A dilated and a plain convolution, with the time added. (B, C, 1, L) -> same."""
 
-    recompute = True  # --grad_checkpointing computes its activations twice
+    recompute = True  # --grad_checkpointing: not stored, computed again going back
 
     def __init__(self, channels, dilation, time_dim):
         super().__init__()

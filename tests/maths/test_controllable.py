@@ -62,7 +62,7 @@ def test_colourings_keep_the_grey_and_draw_the_rest(name, monkeypatch):
     assert_close(found.mean(1, keepdim=True), grey)
     basis, = bases
     assert_close(basis @ basis.mT, torch.eye(3).double(), rtol=0, atol=1e-6)
-    assert_close(basis[0], torch.full((3,), -(3**-0.5)).double(), rtol=1e-6, atol=0)
+    assert_close(basis[0], torch.full((3,), 3**-0.5).double(), rtol=1e-6, atol=0)
     colour = (found - grey)[..., 0, 0]
     assert torch.cov(colour.T).sub(0.04 * (torch.eye(3) - one)).abs().max() < 0.006
     assert torch.corrcoef(torch.cat([colour.T, grey.view(1, -1)]))[3, :3].abs().max() < 0.08

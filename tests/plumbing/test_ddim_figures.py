@@ -234,7 +234,7 @@ def test_one_interpolates_between_noises_on_the_sphere_and_on_the_line(drawn):
 def test_images_are_encoded_and_decoded_by_the_network_itself(drawn, ddpm_run):
     folder, tables, _ = drawn
     back = tables["reconstruction.png"]
-    assert back["row_labels"][1].startswith("back, S = 10\nrms ")
+    assert back["row_labels"][1].startswith("back, S = 10\nerror ")
     assert [label.split("\n")[0] for label in back["row_labels"][-2:]] == ["x_T, S = 10", "N(0, I)"]
     x0, again, code = back["rows"][0], back["rows"][1], back["rows"][-2]
     model, schedule = network(ddpm_run), ddim.make_schedule("linear", 20)
