@@ -69,6 +69,7 @@ def open_run(script, Config, presets, sampling=(), argv=None, reads=(), trained=
                       "tensorboard)")
     device.seed_everything(opts.seed)
     plotting.not_drawn.clear()
+    plotting.left_out.clear()
     run = Run(script, cfg, opts, place, opts.resume, state, begin, where)
     if opts.resume and run.main:
         run.read_metrics()  # if it cannot be read, say so before the training
@@ -779,12 +780,12 @@ class Run:
         line = ", ".join(f"{name} {form.format(x)}" for name, x, form in facts
                          if x is not None)
         line += f"; figures and metrics.json in {self.folder}"
+        if more:
+            line += f"; more: python {more} --sample {self.opts.sample or self.folder}"
         if plotting.left_out:
             line += f"; without data there is no {', '.join(plotting.left_out)}"
         if plotting.not_drawn:
             line += f"; NOT DRAWN, see above: {', '.join(plotting.not_drawn)}"
-        if more:
-            line += f"; more: python {more} --sample {self.opts.sample or self.folder}"
         say(line)
         if plotting.not_drawn and not in_notebook():
             raise SystemExit(1)

@@ -9,7 +9,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment, open_picture
+from conftest import ROOT, environment, only_run, open_picture
 from PIL import Image
 
 PAGES = ["README.md", "README.ko.md", "docs/learn.md", "docs/use.md", "results/README.md", "results/ideas.md"]
@@ -215,8 +215,8 @@ def test_the_commands_for_a_person_s_own_data(tmp_path):
         done = subprocess.run([sys.executable, ROOT / script, *argv, *smoke, "--device", "cpu"], cwd=tmp_path,
                               env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-    runs = sorted((tmp_path / "outputs" / "score_based").iterdir())
-    _, completed, trained, forecast = runs
+    completed = only_run(tmp_path / "outputs", "controllable")
+    trained, forecast = sorted((tmp_path / "outputs" / "series").iterdir())
     for i in (1, 2, 3):
         open_picture(completed / f"completed_{i}.png")
     assert len(np.loadtxt(trained / "samples.csv", delimiter=",")[0]) == 30
