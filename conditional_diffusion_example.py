@@ -920,29 +920,31 @@ def figure_preview(run, model, data, schedule, step):
                    f"What one network call recovers, step {step}", labels)
 
 
-@plotting.figure("samples.png")
+@plotting.figure("samples.png", compares=False)
 def figure_samples(run, cfg, samples, y, data):
     """samples.png: samples, one class in each row, beside real images of it.
 
     Classes that were asked for stand in one row, in their order, above real images.
     """
+    label = weight_label(cfg, cfg.w_samples)
     if cfg.classes:
-        real = torch.stack([data.train[data.train_labels == c][i % 2]
-                            for i, c in enumerate(y)])
-        plotting.table(run.path("samples.png"), [samples, real], "As asked for",
-                       [weight_label(cfg, cfg.w_samples), "real"],
+        rows, labels = [samples], [label]
+        if not data.empty:
+            rows.append(torch.stack([data.train[data.train_labels == c][i % 2]
+                                     for i, c in enumerate(y)]))
+            labels.append("real")
+        plotting.table(run.path("samples.png"), rows, "As asked for", labels,
                        [data.classes[c] for c in y])
         return
     kinds = y.unique()[:10]
-    counts = [(labels == c).sum() for c in kinds for labels in (y, data.test_labels)]
-    n = max(1, min(10, *counts))
     steps = f"{cfg.S} DDIM steps" if cfg.sampler == "ddim" else f"{cfg.T} steps"
+    both = [(f"{steps}, {label}", samples, y)]
+    if not data.empty:
+        both.append(("real, held out", data.test, data.test_labels))
+    n = max(1, min(10, *((labels == c).sum() for _, _, labels in both for c in kinds)))
     plotting.panels(run.path("samples.png"), [
-        (f"{steps}, {weight_label(cfg, cfg.w_samples)}",
-         torch.cat([samples[y == c][:n] for c in kinds])),
-        ("real, held out",
-         torch.cat([data.test[data.test_labels == c][:n] for c in kinds]))],
-        "Each row one class", n)
+        (name, torch.cat([x[labels == c][:n] for c in kinds]))
+        for name, x, labels in both], "Each row one class", n)
 
 
 @plotting.figure("grid.png", compares=False)
