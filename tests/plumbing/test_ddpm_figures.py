@@ -189,3 +189,16 @@ def test_the_schedules_stand_beside_the_weights_of_the_bound(variance, drawn, tm
         assert t[0] == 2 and torch.isfinite(weights).all()  # at 1 beta_tilde is 0
         assert_close(weights[498], ddpm.bound_weight(500, schedule, variance))
     assert ("tilde" in weight["title"]) == (variance == "beta_tilde")
+
+
+@pytest.mark.parametrize("dataset, bound", [("digits8", False), ("digits", True)])
+def test_the_bound_is_of_8_bit_images_alone(dataset, bound, tmp_path, capsys, monkeypatch):
+    cfg, run, data = open_run(ddpm, tmp_path, "--dataset", dataset, "--steps", 1)
+    ddpm.train(cfg, run, data)
+    asked = []
+    for name in [name for name in vars(figures) if name.startswith("figure_")] + ["neighbours"]:
+        owner = figures.plotting if name == "neighbours" else figures
+        monkeypatch.setattr(owner, name, lambda *_, name=name: asked.append(name))
+    figures.main(["--sample", str(run.folder), "--out", str(tmp_path / "out")])
+    assert ("figure_bound" in asked) == bound
+    assert ("no bound: --dataset digits8 must be images of 8 bits" in capsys.readouterr().out) != bound
