@@ -71,8 +71,8 @@ def torchrun():
         rank, world, local = map(int, texts)
         if rank < world:
             return rank, world, local
-    told = " ".join(f"{name}={text}" for name, text in found.items())
-    raise Mistake(f"{told}: {', '.join(names)} must be whole numbers, RANK below "
+    given = " ".join(f"{name}={text}" for name, text in found.items())
+    raise Mistake(f"{given}: {', '.join(names)} must be whole numbers, RANK below "
                   "WORLD_SIZE, as torchrun sets them; or unset all three")
 
 

@@ -217,10 +217,10 @@ def panels(path, parts, title, columns=None, limit=2.3):
 
 
 @figure(compares=False)
-def samples(path, drawn, data, title, how="samples"):
+def samples(path, drawn, data, title):
     """Drawn beside held-out data: at most 64 images, 5,000 points or 8 series each."""
     n = min({2: 5000, 3: 8, 4: 64}[drawn.ndim], len(drawn))
-    parts = [(how, drawn[:n]), ("real, held out", data.test[:n])]
+    parts = [("samples", drawn[:n]), ("real, held out", data.test[:n])]
     panels(path, parts[:1] if data.empty else parts, title, square(n))
 
 

@@ -71,7 +71,7 @@ def load_judge(data, fit=True):
     judge.eval().requires_grad_(False)
     p = probabilities(judge, data.test)
     return judge, {"accuracy": agreement(p, data.test_labels),
-                   "legible": legible_share(p)}
+                   "legible": legible_fraction(p)}
 
 
 def _train(judge, data):
@@ -204,8 +204,8 @@ def probabilities(judge, x, batch_size=500):
     return torch.cat([judge(part).softmax(1) for part in x.split(batch_size)])
 
 
-def legible_share(p):
-    """Share of rows of p, (N, classes + 1), that give one class above LEGIBLE.
+def legible_fraction(p):
+    """The fraction of rows of p, (N, classes + 1), with one class above LEGIBLE.
 
     The last column, "none of these", is not a class of the data.
     """
@@ -213,7 +213,7 @@ def legible_share(p):
 
 
 def agreement(p, labels):
-    """Share of rows of p, (N, classes + 1), that are largest at their label."""
+    """The fraction of rows of p, (N, classes + 1), that are largest at their label."""
     return (p.argmax(1) == labels).float().mean().item()
 
 
@@ -252,7 +252,7 @@ def inception_score(p):
 def precision_recall(real, fake, k=3):
     """Improved precision and recall of features real: (N, D), fake: (M, D).
 
-    Precision: share of fakes inside a real point's k-nearest-neighbour ball;
+    Precision: the fraction of fakes inside a real point's k-nearest-neighbour ball;
     recall: the reverse. Source: Kynkäänniemi et al., arXiv 1904.06991.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
@@ -302,7 +302,7 @@ def glance(samples, data, labels=None):
 
 
 def _judged(p, of_held_out, labels):
-    found = {"legible": legible_share(p), "legible_of_held_out": of_held_out["legible"]}
+    found = {"legible": legible_fraction(p), "legible_of_held_out": of_held_out["legible"]}
     if labels is not None:
         found |= {"accuracy": agreement(p, labels),
                   "accuracy_of_held_out": of_held_out["accuracy"]}

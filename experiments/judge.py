@@ -56,5 +56,5 @@ if __name__ == "__main__":
               f"digits {of_held_out['accuracy']:.1%} right\n\n| | legible |\n|---|---|")
         torch.manual_seed(0)
         for name, x in pictures(digits.test, digits.test_labels).items():
-            share = quality.legible_share(quality.probabilities(judge, x))
+            share = quality.legible_fraction(quality.probabilities(judge, x))
             print(f"| {name} | {share:.1%} |", flush=True)

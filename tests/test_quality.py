@@ -29,7 +29,7 @@ def at_hand(request):
     kinds = shipped.pictures(digits.test, digits.test_labels)
 
     def share(x):
-        return quality.legible_share(quality.probabilities(judge, x))
+        return quality.legible_fraction(quality.probabilities(judge, x))
 
     return kinds, share, of_held_out
 
@@ -64,11 +64,11 @@ def test_the_shipped_files_are_small():
         assert {v.dtype for v in state.values()} <= {torch.float32, torch.int64}
 
 
-def test_legible_share_does_not_count_none_of_these():
+def test_legible_fraction_does_not_count_none_of_these():
     p = torch.tensor([[0.95, 0.03, 0.02], [0.9, 0.1, 0.0], [0.5, 0.1, 0.4], [0.0, 0.92, 0.08],
                       [0.02, 0.03, 0.95]])
-    assert_close(quality.legible_share(p), 0.4)
-    assert quality.legible_share(p[-1:]) == 0.0
+    assert_close(quality.legible_fraction(p), 0.4)
+    assert quality.legible_fraction(p[-1:]) == 0.0
 
 
 # How one is made

@@ -35,9 +35,9 @@ def test_samples_stand_beside_as_many_held_out_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(plotting, "panels", lambda path, parts, title, columns: seen.append(parts))
     made = data.Data("toy", pictures_of(200), pictures_of(100))
     for n, shown in ((9, 9), (200, 64)):
-        plotting.samples(tmp_path / "a.png", pictures_of(n), made, "title", "two")
+        plotting.samples(tmp_path / "a.png", pictures_of(n), made, "title")
         (how, drawn), (other, real) = seen.pop()
-        assert how == "two" and other == "real, held out" and len(drawn) == len(real) == shown
+        assert how == "samples" and other == "real, held out" and len(drawn) == len(real) == shown
         assert torch.equal(real, made.test[:shown])
 
 
