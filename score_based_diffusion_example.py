@@ -143,8 +143,8 @@ class SDE:
 
     def marginal(self, x0, t):
         """Mean (like x0) and std (broadcastable) of x_t, given x_0."""
-        # [SDE] Eq. 29: p(x_t | x_0) = N(m(t) x_0, std(t)^2 I). VE's std(0) is sigma_min;
-        # the paper's sigma jumps to it from 0 at t = 0 (App. C)
+        # [SDE] Eq. 29: p(x_t | x_0) = N(m(t) x_0, std(t)^2 I). VE has std(0) =
+        # sigma_min; the paper's sigma jumps from 0 to it at t = 0 (App. C)
         return per_example(self.m(t), x0) * x0, per_example(self.std(t), x0)
 
     def transition(self, s, t):

@@ -302,7 +302,8 @@ def glance(samples, data, labels=None):
 
 
 def _judged(p, of_held_out, labels):
-    found = {"legible": legible_fraction(p), "legible_of_held_out": of_held_out["legible"]}
+    found = {"legible": legible_fraction(p),
+             "legible_of_held_out": of_held_out["legible"]}
     if labels is not None:
         found |= {"accuracy": agreement(p, labels),
                   "accuracy_of_held_out": of_held_out["accuracy"]}

@@ -460,9 +460,9 @@ def test_the_loss_scale_of_a_network_with_several_outputs():
     model = Two()
     plain, x = copy.deepcopy(model), torch.randn(5, 4)
     scale = LossScale(model, 1024.0)
-    for network in (model, plain):
-        a, b = network(x)
-        assert a.dtype == (torch.float32 if network is model else torch.float16)
+    for each in (model, plain):
+        a, b = each(x)
+        assert a.dtype == (torch.float32 if each is model else torch.float16)
         (a.float().square() + b.float()).mean().backward()
     scale.divide([p.grad for p in model.parameters()])
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
