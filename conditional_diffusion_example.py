@@ -379,7 +379,7 @@ def ddim_step(xt, eps_hat, t, t_prev, alpha_bars, eta=0.0, z=0.0):
     sigma = torch.zeros_like(alpha_bar)
     # [DDIM] Eq. 16: sigma_t = eta sqrt((1 - alpha_bar_{t-1}) / (1 - alpha_bar_t))
     #     sqrt(1 - alpha_bar_t / alpha_bar_{t-1}), where t_prev = tau_{i-1} is the t - 1
-    if eta > 0:  # ddim_invert steps upwards, where the second root is not real
+    if eta > 0:  # encoding steps upwards (eta = 0), where the second root is not real
         sigma = (eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
                  * (1 - alpha_bar / alpha_bar_prev).sqrt())
     # [DDIM] Eq. 12: x_{t-1} = sqrt(alpha_bar_{t-1}) x0_hat

@@ -346,8 +346,9 @@ def table_latent():
     """What one training step costs, in latent space and in pixels."""
     cost = load("latent/figures.json")["cost_of_a_step"]
     yield ["", "latents, 4×8×8", "pixels, 1×32×32", "ratio"]
-    for key, name, digits in (("seconds", "seconds", 3), ("gflop", "10⁹ operations", 1),
-                              ("activations_mb", "activations kept, MB", 1)):
+    rows = (("seconds", "seconds", 3), ("gflop", "10⁹ operations", 1),
+            ("activations_mb", "activations kept, MB", 1))
+    for key, name, digits in rows:
         yield [name, *(f"{cost[part][key]:.{digits}f}" for part in ("latent", "pixel")),
                f"{cost['pixel_over_latent'][key]:.1f}"]
 
@@ -424,12 +425,14 @@ def table_evidence():
 TABLES = {name.removeprefix("table_"): function for name, function in globals().items()
           if name.startswith("table_")}
 KOREAN = {  # of the tables that README.ko.md shows
-    "script": "스크립트", "training": "학습", "all, with figures": "그림까지 모두",
+    "script": "스크립트", "training": "학습",
+    "all, with figures": "그림까지 모두",
     "one batch of samples": "표본 한 묶음",
     "legible, distance, recall": "판독률, 거리, 재현율",
     "held-out digits": "따로 떼어 둔 숫자",
     "CPU minutes, steps": "CPU 시간(분), 스텝", "legible": "판독률",
-    "DDPM, T steps": "DDPM, T 스텝", "DDIM, 25 steps, η = 0": "DDIM, 25 스텝, η = 0"}
+    "DDPM, T steps": "DDPM, T 스텝",
+    "DDIM, 25 steps, η = 0": "DDIM, 25 스텝, η = 0"}
 
 
 def table(name, korean=False):
