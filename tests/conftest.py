@@ -1,6 +1,9 @@
 """What the tests share: exact answers to stand in for the network, and ways to run a script."""
 
+import contextlib
+import importlib.util
 import inspect
+import io
 import os
 import signal
 import subprocess
@@ -121,6 +124,56 @@ def run_of(tmp_path_factory):
         score_based.train(cfg, run, data)
         folders[name] = run.folder
     return folders
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """finished(page, *argv) -> (run folder, printed text) of main's smoke run, made once a session.
+
+    The folder is shared: --sample it, and leave it as it is.
+    """
+    made = {}
+
+    def run(page, *argv):
+        key = page, argv
+        if key not in made:
+            out, said = tmp_path_factory.mktemp(script_name(page)), io.StringIO()
+            flags = ["--preset", "smoke", "--device", "cpu", "--out", out, *argv]
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                page.main([str(flag) for flag in flags])
+            made[key] = only_run(out, script_name(page)), said.getvalue()
+        return made[key]
+
+    return run
+
+
+@pytest.fixture
+def drawings(monkeypatch):
+    """{file name: what the drawing function was handed, by the names of its arguments}.
+
+    Nothing is drawn, which is most of the time of a figure: test what was handed over.
+    """
+    handed = {}
+
+    def recorder(draw):
+        def record(*args, **kwargs):
+            given = inspect.signature(draw).bind(*args, **kwargs)
+            given.apply_defaults()
+            handed[Path(given.arguments["path"]).name] = dict(given.arguments)
+        return record
+
+    for name, draw in list(vars(plotting).items()):
+        if hasattr(draw, "__wrapped__") and "path" in inspect.signature(draw).parameters:
+            monkeypatch.setattr(plotting, name, recorder(draw))
+    return handed
+
+
+def experiment(name):
+    """A script of experiments/ as a module: experiment("ddpm")."""
+    spec = importlib.util.spec_from_file_location(f"experiments_{name}", ROOT / f"experiments/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def environment():
