@@ -6,8 +6,6 @@ import inspect
 import io
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 from common import plotting
@@ -112,18 +110,7 @@ def open_run(module, out, *argv):
     return cfg, run, run.load(load_data, cfg.dataset, cfg.image_size)
 
 
-@pytest.fixture(scope="session")
-def run_of(tmp_path_factory):
-    """{data set: folder} of smoke runs of the score-based script: pictures and points."""
-    import score_based_diffusion_example as score_based  # not every test needs it
-
-    folders = {}
-    for name in ("digits8", "gaussians"):
-        cfg, run, data = open_run(score_based, tmp_path_factory.mktemp(name), "--dataset", name,
-                                  "--preview_every", 100)
-        score_based.train(cfg, run, data)
-        folders[name] = run.folder
-    return folders
+DRAW = {name: draw for name, draw in vars(plotting).items() if hasattr(draw, "__wrapped__")}
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +126,10 @@ def finished(tmp_path_factory):
         if key not in made:
             out, said = tmp_path_factory.mktemp(script_name(page)), io.StringIO()
             flags = ["--preset", "smoke", "--device", "cpu", "--out", out, *argv]
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), \
+                    pytest.MonkeyPatch.context() as patch:
+                for name, draw in DRAW.items():  # where the first test to ask draws nothing
+                    patch.setattr(plotting, name, draw)
                 page.main([str(flag) for flag in flags])
             made[key] = only_run(out, script_name(page)), said.getvalue()
         return made[key]
@@ -181,22 +171,6 @@ def environment():
     kept = {k: v for k, v in os.environ.items()
             if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     return kept | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-
-
-def run_script(script, *argv, cwd, processes=0, timeout=300):
-    """Run a script to its end in a process of its own, under torchrun where processes is not 0."""
-    how = [sys.executable]
-    if processes:
-        how += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*how, str(ROOT / script), *map(str, argv)], cwd=cwd, env=environment(),
-                          capture_output=True, text=True, timeout=timeout)
-
-
-def start_script(script, *argv, cwd):
-    """Start a script without waiting; its SIGINT is the terminal's Ctrl-C."""
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, argv)], cwd=cwd,
-                            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
 
 
 def only_run(out, script):
@@ -263,3 +237,24 @@ def _quiet_state():
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def _one_step_flow(tmp_path_factory):
+    """The checkpoint of one step of training of a flow with labels."""
+    import flow_matching_example as flow
+
+    cfg, run, data = open_run(flow, tmp_path_factory.mktemp("flow"), "--p_uncond", 0.5, "--steps", 1)
+    flow.train(cfg, run, data)
+    return torch.load(run.path("checkpoint.pt"), weights_only=True)
+
+
+@pytest.fixture
+def copied(_one_step_flow, tmp_path):
+    """copied(i, coupling="ot"): a copy of it with weights of its own and other values in its Config."""
+    def copy(i, **values):
+        state, file = _one_step_flow, tmp_path / f"{i}.pt"
+        ema = {name: weight + (i + 1) * 0.05 * torch.randn_like(weight) for name, weight in state["ema"].items()}
+        torch.save(state | {"ema": ema, "config": state["config"] | values}, file)
+        return file, ema
+    return copy

@@ -1,13 +1,18 @@
 """experiments/controllable.py: completing and colouring from exact scores, masks, the noisy classifier."""
 
 import sys
+from dataclasses import replace
 
+import conditional_diffusion_example as cond
 import score_based_diffusion_example as sb
+from common.data import Data
+from common.run import open_run
 
 import pytest
 import torch
 from conftest import ROOT, spied
 from exact_scores import SDES, Correlated, gaussian
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 sys.path.append(str(ROOT / "experiments"))
@@ -90,12 +95,62 @@ def test_masks_say_what_is_known():
     assert odd["border"].sum() == 3 * 3 and odd["half"].sum() == 5 * 4
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 28, 28), (3, 7, 9), (1, 30, 18)])
-def test_the_classifier_takes_any_size_and_hears_the_time(shape):
-    patch = 2 if shape[1] % 2 == 0 else 1
-    net = controllable.NoisyClassifier(shape[0], 7, patch=patch).eval()
+# The noisy classifier, which the conditional page has too
+
+both_scripts = pytest.mark.parametrize("script", [cond, controllable], ids=["conditional", "controllable"])
+
+
+@both_scripts
+@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 4, 12), (1, 28, 28), (3, 7, 9)])
+def test_the_classifier_hears_the_time_and_pools_pictures_of_every_size_to_two_by_two(script, shape):
+    """Of 4 x 4 pixels a single one is left, which stands for all four. Its gradient reaches every picture."""
+    net, pooled = script.NoisyClassifier(shape[0], 7, 8, 4, patch=2 if shape[1] % 2 == 0 else 1).eval(), []
     for block in (net.block1, net.block2, net.block3):
-        torch.nn.init.normal_(block.conv2.weight, std=0.1)
-    x = torch.randn(3, *shape)
-    a, b = (net(x, torch.full((3,), t)) for t in (10.0, 500.0))
-    assert a.shape == (3, 7) and (a - b).abs().max() > 1e-4
+        torch.nn.init.normal_(block.conv2.weight, std=0.3)
+    net.norm_out.register_forward_hook(lambda _, __, out: pooled.append(F.silu(out)))
+    net.out.register_forward_pre_hook(lambda _, args: pooled.append(args[0]))
+    x = torch.randn(3, *shape, requires_grad=True)
+    logits = net(x, torch.tensor([10.0, 10.0, 500.0]))
+    assert logits.shape == (3, 7)
+    assert_close(pooled[1], F.adaptive_avg_pool2d(pooled[0], 2).flatten(1))
+    later = net(x, torch.tensor([500.0, 10.0, 500.0]))
+    assert (logits[0] - later[0]).abs().max() > 1e-4
+    assert_close(logits[1:], later[1:])
+    gradient, = torch.autograd.grad(logits.log_softmax(1)[:, 2].sum(), x)
+    assert gradient.isfinite().all() and (gradient.flatten(1).abs().amax(1) > 1e-6).all()
+    assert net.double()(x.double(), torch.ones(3)).dtype == torch.float64
+
+
+@both_scripts
+def test_a_kept_classifier_is_of_its_noise_its_training_and_its_data(script, tmp_path, monkeypatch):
+    """Each of these settings makes another key in the cache; those of sampling and of the network do not."""
+    keys, x = [], torch.linspace(-1, 1, 20 * 64).view(20, 1, 8, 8)
+    data, other = (Data("greys", part, x, torch.arange(20) % 2, None, ("a", "b")) for part in (x, x.flip(0)))
+
+    def cached(name, key, make, fit):
+        keys.append(repr((name, key)))
+        return make()
+
+    def train(changes, data=data):
+        cfg = replace(start, **changes)
+        if script is cond:
+            schedule = cond.make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T)
+            script.train_classifier(cfg, run, data, schedule)
+        else:
+            script.train_classifier(cfg, run, sb.make_sde(cfg), data)
+
+    monkeypatch.setattr(script, "cached", cached)
+    argv = ["--preset", "smoke", "--device", "cpu", "--out", str(tmp_path)]
+    start, run = open_run("classifier", script.Config, script.PRESETS, script.SAMPLING, argv)
+    noise = {
+        cond: [{"schedule": "cosine"}, {"T": 30}, {"beta_1": 0.002}, {"beta_T": 0.03}],
+        controllable: [{"sde": "subvp"}, {"beta": "cosine"}, {"beta_min": 0.2}, {"beta_max": 19.0}, {"sde": "ve"},
+                       {"sde": "ve", "sigma_min": 0.04}, {"sde": "ve", "sigma_max": 60.0}]}[script]
+    changes = [{}, *noise, {"classifier_steps": 5}, {"warmup": 9}, {"decay": "constant"}, {"flip": True}]
+    for change in changes:
+        train(change)
+    train({}, other)
+    assert len(set(keys)) == len(keys)
+    for change in ({"n_samples": 7}, {"channels": 16}, {"sampler": "ancestral" if script is cond else "em"}):
+        train(change)
+        assert keys[-1] == keys[0]

@@ -1,6 +1,8 @@
-"""experiments/ncsnpp.py: the networks of [SDE] App. H, option by option."""
+"""experiments/ncsnpp.py: the networks of [SDE] App. H, and those of the score-based page that they replace."""
 
+import math
 import sys
+from functools import partial
 
 import score_based_diffusion_example as sb
 
@@ -13,14 +15,21 @@ sys.path.append(str(ROOT / "experiments"))
 import ncsnpp  # noqa: E402
 
 ALL = {"fir": True, "biggan": True, "skip_rescale": True, "progressive_input": True, "fourier": True}
-OPTIONS = ({}, *({name: True} for name in ALL), ALL)
+OPTIONS = {"plain": {}, "plain_fir": {"fir": True}, "ddpmpp": {"biggan": True, "skip_rescale": True},
+           "ncsnpp": ALL, "ncsnpp_on_patches": {**ALL, "patch": 2}}
+
+
+def small(**options):
+    return ncsnpp.UNet(1, 8, 8, (1, 2), 1, (4,), groups=4, dropout=0.0, **options)
+
+
+# The networks of the page, and its network with the options of App. H
 NETWORKS = {
-    "plain": {}, "ddpmpp": {"biggan": True, "skip_rescale": True}, "ncsnpp": ALL,
-    "ncsnpp_on_patches": {**ALL, "patch": 2}}
-
-
-def small(mults=(1, 2), attention=(4,), **options):
-    return ncsnpp.UNet(1, 8, 8, mults, 1, attention, groups=4, dropout=0.0, **options)
+    "page, mlp": lambda: sb.ScoreMLP(64, 16, 2), "page, mlp, fourier": lambda: sb.ScoreMLP(64, 16, 2, True),
+    "page, unet": lambda: sb.UNet(1, 8, 8, (1, 2), 1, (4,), groups=4, dropout=0.0),
+    "page, unet, fourier": lambda: sb.UNet(1, 8, 8, (1, 2), 1, (4,), groups=4, dropout=0.0, patch=2, fourier=True),
+    **{name: partial(small, **options) for name, options in OPTIONS.items()}}
+every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
 def awake(network):
@@ -33,8 +42,9 @@ def awake(network):
 
 
 @pytest.mark.parametrize("preset, parameters", [("ddpmpp", 61_804_419), ("ncsnpp", 62_758_787)])
-def test_parameters_of_the_paper_presets(preset, parameters):
+def test_parameters_of_the_paper_presets(preset, parameters, monkeypatch):
     """As configs/vp/cifar10_ddpmpp_continuous.py, ve/cifar10_ncsnpp_continuous.py of score_sde_pytorch."""
+    monkeypatch.setattr(torch, "randn", torch.empty)  # drawing on the meta device imports for seconds
     with torch.device("meta"):
         model = ncsnpp.make_network(ncsnpp.PRESETS[preset], (3, 32, 32))
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -47,7 +57,6 @@ def test_the_small_network_is_ncsnpp():
     assert len(model.pyramid) == 1 and model.pyramid[0].fir and model.rescale == 0.5**0.5
     assert {block.resample.keywords["fir"] for block in model.modules()
             if isinstance(block, ncsnpp.ResampleBlock)} == {True}
-    assert "sigma_data" in model.state_dict()
 
 
 # Resampling
@@ -82,20 +91,29 @@ def test_strided_convolutions_see_every_pixel(fir):
     assert layer(x).shape == (1, 3, 16, 16)
 
 
-# The network
+# The networks
+
+
+def test_fourier_features_are_sine_and_cosine_of_2_pi_w_t():
+    """w is drawn once with a std of 16, is saved, and does not learn."""
+    features = sb.FourierFeatures(2000)
+    assert not list(features.parameters()) and "W" in features.state_dict()
+    assert features.W.std().item() == pytest.approx(16, rel=0.1)
+    t = torch.tensor([-4.6, 0.7, 3.9]).double()
+    angles = 2 * math.pi * t[:, None] * features.W.double()
+    assert_close(features.double()(t), torch.cat([angles.sin(), angles.cos()], 1), rtol=0, atol=1e-9)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "none")
-@pytest.mark.parametrize("patch", [1, 2])
-def test_the_network_learns_with_every_option(options, patch):
-    """Zero at first; after a few steps every weight has moved and the answer depends on t."""
-    model = small(patch=patch, **options)
+@every_network
+def test_the_network_is_zero_at_first_and_every_weight_learns(name):
+    """After a few steps the answer depends on t."""
+    model = NETWORKS[name]()
     before = [p.clone() for p in model.parameters()]
-    x, t = torch.randn(4, 1, 8, 8), torch.tensor([3.0, 0.5, -2.0, 1.0])
+    x, t = torch.randn(4, 64) if "mlp" in name else torch.randn(4, 1, 8, 8), torch.tensor([3.0, 0.5, -2.0, 1.0])
     assert model(x, t).abs().max() == 0
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(6):
+    for _ in range(5):
         optimizer.zero_grad()
         (model(x, t) - x).pow(2).mean().backward()
         optimizer.step()
@@ -104,13 +122,17 @@ def test_the_network_learns_with_every_option(options, patch):
     assert (model(x, t) - model(x, t + 1)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@every_network
+@torch.no_grad()
 def test_the_network_works_in_float64_and_on_pictures_that_are_not_square(name):
-    network = awake(small(**NETWORKS[name]))
-    x, t = torch.randn(3, 1, 8, 12), torch.tensor([0.1, 0.5, 0.9])
-    with torch.no_grad():
-        single, double = network(x, t), network.double()(x.double(), t.double())
-    assert single.shape == x.shape and double.dtype == torch.float64
+    """Scaled as the score scales it."""
+    network, t = awake(NETWORKS[name]()), torch.tensor([0.1, 0.5, 0.9])
+    network.register_buffer("sigma_data", torch.tensor(0.5))
+    x = torch.randn(3, 64) if "mlp" in name else torch.randn(3, 1, 8, 12)
+    sde = sb.VESDE() if network.fourier else sb.VPSDE()
+    single = sb.network_eps(network, sde, x, t)
+    double = sb.network_eps(network.double(), sde, x.double(), t.double())
+    assert single.shape == x.shape and (single.dtype, double.dtype) == (torch.float32, torch.float64)
     assert_close(single.double(), double, rtol=0.02, atol=0.02)
 
 
@@ -147,7 +169,7 @@ def wiring(model, x, t):
 @pytest.mark.parametrize("name", ["plain", "ddpmpp"])
 def test_skip_connections_carry_each_state_of_the_way_down(name):
     """Every block on the way up is given, unscaled, what the way down had there, last in first out."""
-    model = awake(small(**NETWORKS[name]))
+    model = awake(small(**OPTIONS[name]))
     seen = wiring(model, torch.randn(2, 1, 8, 8), torch.tensor([10.0, 500.0]))
     skips = [seen[part][1] for part in (model.conv_in, *model.down)]
     ups = [part for part in model.up if isinstance(part, ncsnpp.Stage)]
@@ -182,3 +204,35 @@ def test_progressive_input_is_a_residual_sum_at_every_level(skip_rescale, fir):
     for stage, expected in zip(stages[1:], (first, second), strict=True):
         inside = seen[stage][0][..., 3:-3, 3:-3]
         assert_close(inside, torch.full_like(inside, expected))
+
+
+# {field of its Config: (argument of the network, a value, another value)}; tests/plumbing/test_config.py has the pages'
+FIELDS = {"channels": ("channels", 8, 16), "mults": ("mults", (1, 2), (1, 1)), "blocks": ("blocks", 1, 2),
+          "attention": ("attention", (4,), (8,)), "heads": ("heads", 1, 2), "groups": ("groups", 4, 8),
+          "dropout": ("dropout", 0.0, 0.5), "patch": ("patch", 1, 2), "sde": ("fourier", "vp", "ve"),
+          **{name: (name, False, True) for name in ("fir", "skip_rescale", "biggan", "progressive_input")}}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_each_field_changes_the_network_as_its_name_says(field):
+    def behaviour(network):
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in network.parameters():
+                p.normal_(std=0.3, generator=generator)
+            if network.fourier is not None:
+                network.fourier.W.normal_(generator=generator)
+            torch.manual_seed(1)  # of the dropout
+            answer = network.train()(torch.randn(2, 1, 8, 8), torch.tensor([3.0, 0.7]))
+        return {name: p.shape for name, p in network.named_parameters()}, answer
+
+    def same(one, other):
+        return one[0] == other[0] and torch.allclose(one[1], other[1], rtol=1e-4, atol=1e-5)
+
+    found, start = [], {name: value for name, (_, value, _) in FIELDS.items()}
+    for settings in (start, start | {field: FIELDS[field][2]}):
+        arguments = {FIELDS[name][0]: value == "ve" if name == "sde" else value for name, value in settings.items()}
+        made = behaviour(ncsnpp.make_network(ncsnpp.Config(**settings), (1, 8, 8)))
+        assert same(made, behaviour(ncsnpp.UNet(1, 8, **arguments)))
+        found.append(made)
+    assert not same(*found)

@@ -45,27 +45,28 @@ def test_transition_composes_to_the_marginal(name):
     assert variance / 2e-5 == pytest.approx(g.item() ** 2, rel=1e-3)
 
 
-def test_sub_vp_variance_is_at_most_vp():
-    t = torch.linspace(0, 1, 1001).double()
-    vp, sub = sb.VPSDE().std(t) ** 2, sb.SubVPSDE().std(t) ** 2
-    assert (sub <= vp).all() and sub[0] == vp[0] == 0 and vp[-1] - sub[-1] < 1e-4
-    assert (vp - sub).max() > 0.2
-
-
-def test_priors():
-    z = torch.randn(5, 3, 2, 2)
-    for sde, std in ((sb.VESDE(), 50.0), (sb.VPSDE(), 1.0), (sb.SubVPSDE(), 1.0)):
+def test_the_paper_s_sdes():
+    """App. C: the constants, the priors and the ends; sub-VP has the variance of VP, squared."""
+    z, t = torch.randn(5, 3, 2, 2), torch.linspace(0, 1, 101).double()
+    for sde, std, eps in ((sb.VESDE(), 50.0, 1e-5), (sb.VPSDE(), 1.0, 1e-3), (sb.SubVPSDE(), 1.0, 1e-3)):
+        assert (sde.eps, sde.eps_train, sde.T) == (eps, 1e-5, 1.0)
         expected = torch.distributions.Normal(0, std).log_prob(z).flatten(1).sum(1)
         assert_close(sde.prior_logp(z), expected)
         assert sde.prior_sampling((4000, 3)).std().item() == pytest.approx(std, rel=0.05)
         assert sde.std(torch.ones(1)).item() == pytest.approx(std, rel=1e-3)
+    assert_close(sb.VESDE().std(t[[0, 50]]), torch.tensor([0.01, 0.5**0.5]).double())
+    assert_close(sb.VPSDE().beta(t), 0.1 + 19.9 * t)
+    assert_close(sb.SubVPSDE().std(t), sb.VPSDE().std(t) ** 2)
 
 
-def test_paper_constants():
-    assert (sb.VESDE().sigma_min, sb.VESDE().sigma_max, sb.VESDE().eps) == (0.01, 50.0, 1e-5)
-    for kind in (sb.VPSDE, sb.SubVPSDE):
-        assert (kind().beta_min, kind().beta_max, kind().eps, kind().T) == (0.1, 20.0, 1e-3, 1.0)
-    assert sb.VPSDE().eps_train == sb.VESDE().eps_train == 1e-5
+@pytest.mark.parametrize("sde, kind", [("ve", sb.VESDE), ("vp", sb.VPSDE), ("subvp", sb.SubVPSDE)])
+@pytest.mark.parametrize("beta", ["linear", "cosine"])
+def test_the_sde_is_the_one_that_the_config_describes(sde, kind, beta):
+    cfg = sb.Config(sde=sde, beta=beta, beta_min=0.3, beta_max=7.0, sigma_min=0.2, sigma_max=30.0)
+    made = sb.make_sde(cfg)
+    settings = {"sigma_min": 0.2, "sigma_max": 30.0, "prior_std": 30.0} if sde == "ve" else {
+        "beta_min": 0.3, "beta_max": 7.0, "kind": beta, "prior_std": 1.0}
+    assert type(made) is kind and {name: getattr(made, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize("name", ["vp", "vp_cosine", "subvp", "subvp_cosine"])
@@ -159,7 +160,7 @@ def test_likelihood_weighting_draws_its_weight(name):
         assert drawn.std() < 0.1 * drawn.mean()  # at uniform t it is as large as the mean
 
 
-def test_logit_normal_times_are_the_sigmoid_of_a_normal_one_in_each_nth_but_for_one_of_sixteen():
+def test_logit_normal_times_are_spread_over_equal_quantiles_but_for_one_of_sixteen():
     sde, normal = sb.VESDE(), torch.distributions.Normal(-0.2, 1)
     t = torch.stack([sb.draw_times(sde, 64, "logit_normal")[0] for _ in range(1000)])
     assert sb.draw_times(sde, 64, "logit_normal")[1].tolist() == [1.0] * 64
@@ -177,54 +178,47 @@ def test_simple_times_cover_the_whole_range():
     assert density.tolist() == [1.0] * 20_000
 
 
-def test_time_and_input_of_the_network():
-    got = {}
+class Network(torch.nn.Module):
+    """A network with one answer everywhere, which knows the size of its data and keeps what it was asked."""
 
-    def network(x, c):
-        got.update(x=x, c=c)
-        return x
-
-    x, t = torch.randn(3, 2), torch.tensor([0.1, 0.5, 1.0])
-    for sde in (sb.VPSDE(), sb.SubVPSDE()):
-        sb.network_eps(network, sde, x, t)
-        assert_close(got["c"], 999 * t)
-        assert_close(got["x"], x)
-    sde = sb.VESDE()
-    sb.network_eps(network, sde, x, t)  # a plain function: sigma_data 0.5
-    sigma = 0.01 * 5000**t
-    assert_close(got["c"], sigma.log())
-    size, sigma = (sigma**2 + 0.25).sqrt()[:, None], sigma[:, None]
-    assert_close(got["x"], x / size)
-    # a network of zeros gives the score of Gaussian data, any other moves x0_hat by bounded amounts
-    silent = sb.score_fn(lambda x, c: 0 * x, sde)(x, t)
-    assert_close(silent, -x / size**2)
-    x0_hat = x + sigma**2 * sb.score_fn(lambda x, c: torch.ones_like(x), sde)(x, t)
-    assert_close(x0_hat - (x + sigma**2 * silent), (-0.5 * sigma / size).expand_as(x), rtol=1e-3,
-                 atol=1e-4)
-
-
-class Preconditioned(torch.nn.Module):
-    """A network of zeros that knows how large its data are."""
-
-    def __init__(self, sigma_data):
+    def __init__(self, sigma_data, answer=0.0):
         super().__init__()
         self.register_buffer("sigma_data", torch.tensor(sigma_data))
+        self.answer = answer
 
     def forward(self, x, t):
-        self.asked = x
-        return torch.zeros_like(x)
+        self.x, self.t = x, t
+        return torch.full_like(x, self.answer)
 
 
-def test_the_network_s_own_sigma_data_preconditions_ve():
-    """Zeros give the score of N(0, sigma_data^2) data, for whatever sigma_data the network holds."""
-    sde, x, t = sb.VESDE(), torch.randn(3, 1, 2, 2), torch.tensor([0.1, 0.5, 0.9])
-    for sigma_data in (0.2, 1.3):
-        network = Preconditioned(sigma_data)
-        size2 = (sde.std(t) ** 2 + sigma_data**2).view(-1, 1, 1, 1)
-        assert_close(sb.score_fn(network, sde)(x, t), -x / size2)
-        assert_close(network.asked, x / size2.sqrt())
-        for other in (sb.VPSDE(), sb.SubVPSDE()):
-            assert not sb.score_fn(network, other)(x, t).any()
+def test_vp_asks_the_network_for_eps():
+    x, t = torch.randn(3, 1, 2, 2), torch.tensor([0.1, 0.5, 1.0])
+    for sde in (sb.VPSDE(), sb.SubVPSDE()):
+        network = Network(0.2, 0.7)
+        found = sb.score_fn(network, sde)(x, t)
+        assert_close(found, -0.7 / sde.std(t).view(-1, 1, 1, 1).expand_as(x))
+        assert_close(network.t, 999 * t)
+        assert_close(network.x, x)
+
+
+@pytest.mark.parametrize("sigma_data", [0.2, 1.3])
+def test_ve_corrects_the_score_of_data_as_large_as_the_network_s(sigma_data):
+    """Zeros give the score of N(0, sigma_data^2) data, any other answer moves x0_hat by at most sigma_data."""
+    sde, x, t = sb.VESDE(), torch.randn(3, 1, 2, 2), torch.tensor([0.1, 0.5, 1.0])
+    network, sigma = Network(sigma_data), (0.01 * 5000**t).view(-1, 1, 1, 1)
+    size = (sigma**2 + sigma_data**2).sqrt()
+    silent = sb.score_fn(network, sde)(x, t)
+    assert_close(silent, -x / size**2)
+    assert_close(network.x, x / size)
+    assert_close(network.t, sigma.flatten().log())
+    found = sb.score_fn(Network(sigma_data, 1.0), sde)(x, t)
+    assert_close(sigma**2 * (found - silent), (-sigma_data * sigma / size).expand_as(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_plain_function_in_place_of_a_network_has_a_sigma_data_of_one_half():
+    sde, x, t = sb.VESDE(), torch.randn(3, 2), torch.tensor([0.1, 0.5, 1.0])
+    found, wanted = (sb.score_fn(network, sde)(x, t) for network in (lambda x, t: 0 * x, Network(0.5)))
+    assert_close(found, wanted, rtol=0, atol=0)
 
 
 @every_sde
@@ -247,5 +241,3 @@ def test_std_floor():
     assert_close(sb.score_fn(one, sde, std_floor=1e-2)(torch.zeros(2, 2), t), torch.full((2, 2), -100.0))
     free = sb.score_fn(one, sde, std_floor=0.0)(torch.zeros(2, 2), t)
     assert_close(free, -1 / sde.std(t)[:, None].expand(2, 2))
-
-

@@ -2,22 +2,20 @@
 
 import dataclasses
 import importlib
+import io
 import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_tree, open_picture, open_run
-from toy import PRESETS, SAMPLING, Config, fit, images, network, open_toy, stored
+from conftest import ROOT, assert_same_tree, open_run
+from toy import Config, fit, network, open_toy, stored
 from torch import nn
-from torch.testing import assert_close
 
-import ddim_example as ddim
 import ddpm_example as ddpm
 from common import run as runs
 from common.cli import Mistake
@@ -26,25 +24,17 @@ from common.run import FORMAT, new_run
 
 @pytest.fixture(scope="module")
 def drawn_from(tmp_path_factory):
-    """A finished run of the smoke preset whose checkpoint holds other values of some fields."""
+    """The folder of a finished run of the smoke preset, which has other values of some fields."""
     out = tmp_path_factory.mktemp("drawn_from")
     _, run = open_toy(out, "--preset", "smoke", "--n_samples", 77, "--T", 5, "--seed", 3, "--steps", 2)
     fit(run, 2)
     return run.folder
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run folder of ddpm with a checkpoint of two steps."""
-    cfg, run, data = open_run(ddpm, tmp_path_factory.mktemp("trained"), "--steps", "2")
-    ddpm.train(cfg, run, data)
-    return run.folder
-
-
 @pytest.fixture
-def folder(trained, tmp_path):
+def folder(drawn_from, tmp_path):
     """A copy of it to damage."""
-    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(drawn_from, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -58,18 +48,8 @@ def test_sampling_fields_come_from_the_script_and_all_others_from_the_checkpoint
                     (("--n_samples", 9, "--preset", "laptop"), 9)):
         cfg, _ = open_toy(tmp_path, "--sample", drawn_from, *argv)
         assert (cfg.n_samples, cfg.T, cfg.widths) == (n, 5, (3,))
+    assert open_toy(tmp_path, "--resume", drawn_from)[0].n_samples == 77  # a run that goes on keeps all
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_preset_edited_since_counts_for_the_draw_alone_and_is_said(drawn_from, tmp_path, capsys):
-    edited = {"laptop": Config(), "smoke": Config(T=2, widths=(9, 9), n_samples=31, steps=2)}
-    argv = ["--out", str(tmp_path), "--sample", str(drawn_from)]
-    cfg, _ = runs.open_run("toy", Config, edited, SAMPLING, argv)
-    assert cfg.n_samples == 31 and cfg.widths == (3,)
-    said = capsys.readouterr().out.splitlines()[1]
-    assert "widths 3 (this file: 9 9)" in said and "T 5 (this file: 2)" in said and "n_samples" not in said
-    open_toy(tmp_path, "--resume", drawn_from)
-    assert "kept from the checkpoint" not in capsys.readouterr().out  # a run that goes on is no edit
 
 
 @pytest.mark.parametrize("how", ["--sample", "--resume"])
@@ -99,39 +79,39 @@ def test_another_script_s_checkpoint_gives_what_the_two_share(drawn_from, tmp_pa
 
 
 def test_a_run_without_a_command_line(drawn_from, tmp_path):
-    run = new_run("toy", Config(T=7), out=tmp_path, device="cpu", seed=0, compile=False, sample=None,
-                  evaluate=20, amp="bf16")
-    assert run.cfg.T == 7 and not run.sampling and run.opts.evaluate == 20 and run.opts.amp == "bf16"
-    assert run.opts.seed == 0 and run.opts.compile is False and run.opts.preset == "own"
+    run = new_run("toy", Config(T=7), out=tmp_path, compile=False, sample=None, evaluate=20, amp="bf16")
+    assert run.cfg.T == 7 and not run.sampling and (run.opts.evaluate, run.opts.amp) == (20, "bf16")
     run = new_run("toy", Config(n_samples=9), sample=drawn_from, compile=True)
     assert run.sampling and run.cfg.T == 5 and run.cfg.n_samples == 9 and run.opts.compile is True
-    with pytest.raises(Mistake):
+    with pytest.raises(Mistake, match="T 0"):
         new_run("toy", Config(T=0))
-    run = new_run("ddpm", ddpm.Config(), sample=True, out=tmp_path)
-    assert run.cfg.T == 1000
+    assert new_run("ddpm", ddpm.Config(), sample=True, out=tmp_path).cfg.T == 1000
 
 
-def test_the_newest_run_is_taken_and_the_first_line_says_what_it_is(tmp_path, capsys):
-    def first_line(*argv):
+def test_the_newest_run_is_taken_and_the_first_line_says_what_it_is(folder, tmp_path, capsys):
+    def first_line():
         capsys.readouterr()
-        ddpm_run = runs.open_run("ddpm", ddpm.Config, ddpm.PRESETS, ddpm.SAMPLING,
-                                 ["--out", str(tmp_path), "--sample", *argv])[1]
-        assert ddpm_run.sampling
+        assert open_toy(tmp_path, "--sample")[1].sampling
         return capsys.readouterr().out.splitlines()[0]
 
-    assert first_line().startswith(f"loaded {ROOT / 'pretrained' / 'ddpm.pt'}")
-    cfg, run, data = open_run(ddpm, tmp_path)
-    ddpm.train(cfg, run, data)
+    with pytest.raises(Mistake, match="--sample: no run of toy in .*, and no shipped model"):
+        open_toy(tmp_path, "--sample")
+    (tmp_path / "toy").mkdir()
+    for i, name in enumerate(("b", "c", "a")):  # the last one is the newest
+        path = tmp_path / "toy" / name / "checkpoint.pt"
+        shutil.copytree(folder, path.parent)
+        torch.save(torch.load(path) | ({"preset": "laptop", "step": 1} if name == "c" else {}), path)
+        os.utime(path, (10**9 + i, 10**9 + i))
     said = first_line()
-    assert str(run.folder) in said and "a smoke run" in said and "step 6 of 6" in said
-    for name, age in (("old", 10), ("new", 0)):
-        shutil.copytree(run.folder, run.folder.parent / name)
-        state = torch.load(run.folder / "checkpoint.pt") | {"preset": "laptop", "step": 4}
-        torch.save(state, run.folder.parent / name / "checkpoint.pt")
-        stamp = run.path("checkpoint.pt").stat().st_mtime + 100 - age
-        os.utime(run.folder.parent / name / "checkpoint.pt", (stamp, stamp))
-    said = [line for line in (first_line(),) if "new" in line]
-    assert said and "unfinished: step 4 of 6" in said[0] and "smoke" not in said[0]
+    assert str(tmp_path / "toy" / "a") in said and "(step 2 of 2, a smoke run" in said
+    shutil.rmtree(tmp_path / "toy" / "a")
+    said = first_line()
+    assert str(tmp_path / "toy" / "c") in said and "(unfinished: step 1 of 2)" in said
+
+
+def test_the_shipped_model_is_drawn_from_where_there_is_no_run(tmp_path, capsys):
+    open_run(ddpm, tmp_path, "--sample")
+    assert capsys.readouterr().out.startswith(f"loaded {ROOT / 'pretrained' / 'ddpm.pt'} (step ")
 
 
 def test_trained_is_the_average_of_the_checkpoint_in_eval_mode(drawn_from, tmp_path):
@@ -142,12 +122,12 @@ def test_trained_is_the_average_of_the_checkpoint_in_eval_mode(drawn_from, tmp_p
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     other = run.trained(network(), "model")
     assert_same_tree(dict(other.state_dict()), dict(state["model"]))
-    assert not torch.equal(other[1].weight, model[1].weight)
+    assert not torch.equal(other[2].weight, model[2].weight)
     with pytest.raises(Mistake, match="holds no vae"):
         run.trained(network(), "vae")
-    with pytest.raises(Mistake, match="fits this script and its Config"):
-        run.trained(nn.Linear(2, 2))
-    state["ema"]["1.weight"][0, 0] = float("nan")
+    with pytest.raises(Mistake, match="Missing key.*3.weight"):  # an edited network
+        run.trained(network().append(nn.Linear(1, 1)))
+    state["ema"]["2.weight"][0, 0] = float("nan")
     torch.save(state, tmp_path / "nan.pt")
     with pytest.raises(Mistake, match="weights are not finite"):
         open_toy(tmp_path, "--sample", tmp_path / "nan.pt")[1].trained(network())
@@ -158,97 +138,84 @@ def test_trained_is_the_average_of_the_checkpoint_in_eval_mode(drawn_from, tmp_p
 
 def same_run(a, b):
     assert_same_tree(torch.load(a / "checkpoint.pt"), torch.load(b / "checkpoint.pt"))
-    for name in ("log.csv", "config.json"):
+    names = [path.name for path in sorted(b.glob("*.csv"))]
+    assert "log.csv" in names
+    for name in (*names, "config.json"):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("stop_at, dies", [(1, False), (3, False), (5, False), (1, True), (3, True), (5, True)])
+@pytest.mark.parametrize("stop_at, dies", [(1, False), (5, False), (1, True), (3, True), (5, True)])
 def test_a_stopped_or_killed_run_resumes_to_the_last_bit(stop_at, dies, tmp_path):
+    """Also where a column of the log begins in a step that is made again."""
+    steps = []
+
+    def watch(run, stop_at=None):
+        def end_of_step(step, _):
+            steps.append(step)
+            if step >= 2:
+                run.log(late=step)
+            run.stopped = step + 1 == stop_at
+            if dies and run.stopped:
+                raise MemoryError  # nothing is saved after it, as when killed
+        return end_of_step
+
     _, whole = open_toy(tmp_path / "whole", "--preview_every", 2, "--seed", 7)
-    fit(whole)
+    fit(whole, watch=watch(whole))
     _, parts = open_toy(tmp_path / "parts", "--preview_every", 2, "--seed", 7)
-
-    def stop(step, _):
-        parts.stopped = step + 1 == stop_at
-        if dies and parts.stopped:
-            raise MemoryError  # nothing is saved after it, as when killed
-
     if dies:
         with pytest.raises(MemoryError):
-            fit(parts, watch=stop)
+            fit(parts, watch=watch(parts, stop_at))
     else:
-        fit(parts, watch=stop)
-    last = torch.load(parts._folder / "checkpoint.pt")["step"]
-    assert last == (stop_at // 2 * 2 if dies else stop_at)
+        fit(parts, watch=watch(parts, stop_at))
     torch.randn(3)  # what another program drew must not matter
     _, again = open_toy(tmp_path / "parts", "--resume")
-    steps = []
-    fit(again, watch=lambda step, _: steps.append(step))
-    assert steps == list(range(last, 6))
-    same_run(again.folder, whole.folder)
-
-
-def test_a_column_that_begins_late_survives_a_resume(tmp_path):
-    def note(run, stop=None):
-        def watch(step, _):
-            if step >= 3:
-                run.log(late=step)
-            run.stopped = step == stop
-        return watch
-
-    _, whole = open_toy(tmp_path / "whole", "--preview_every", 2)
-    fit(whole, watch=note(whole))
-    _, parts = open_toy(tmp_path / "parts", "--preview_every", 2)
-
-    def dies(step, _):
-        note(parts)(step, _)
-        if step == 3:
-            raise MemoryError
-
-    with pytest.raises(MemoryError):
-        fit(parts, watch=dies)
-    _, again = open_toy(tmp_path / "parts", "--resume")
-    fit(again, watch=note(again))
+    first = stop_at // 2 * 2 if dies else stop_at
+    steps.clear()
+    fit(again, watch=watch(again))
+    assert steps == list(range(first, 6))
     same_run(again.folder, whole.folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["ddpm", "latent_diffusion", "conditional_diffusion", "score_based_diffusion"])
-def test_each_page_resumes_to_the_last_bit(page, tmp_path):
-    module = importlib.import_module(f"{page}_example")
-    argv = ("--steps", 5, "--dropout", 0.2, "--flip", "--preview_every", 2)
+@pytest.mark.parametrize("page, dies_at", [
+    ("ddpm", 3), ("latent_diffusion", 3), ("latent_diffusion", 7), ("conditional_diffusion", 3),
+    ("score_based_diffusion", 3), ("flow_matching", 3), ("flow_matching, reflow", 3)])
+def test_each_page_resumes_to_the_last_bit(page, dies_at, tmp_path, drawings):
+    """Its network, average and optimiser are in the checkpoint, also where it trains a VAE before (4 steps).
 
-    def train(out, *argv, die_at=None):
+    A reflow draws the pairs of its first part again.
+    """
+    page, _, reflow = page.partition(", ")
+    module, argv = importlib.import_module(f"{page}_example"), ("--flip", "--dropout", 0.2, "--preview_every", 2)
+
+    def train(out, *argv, dies_at=None):
         cfg, run, data = open_run(module, out, *argv)
-        log = run.log
+        log, steps = run.log, []
 
-        def spied(**values):
+        def log_or_die(**values):
             log(**values)
-            if run.step == die_at and len(run._row) == 2:
+            steps.append(1)
+            if len(steps) == dies_at:
                 raise MemoryError
 
-        run.log = spied
-        module.train(cfg, run, data)
-        return run.folder
+        run.log = log_or_die
+        trained = module.train(cfg, run, data)
+        networks = trained if isinstance(trained, tuple) else (trained,)
+        return run.folder, [dict(each.state_dict()) for each in networks if isinstance(each, nn.Module)]
 
-    whole = train(tmp_path / "whole", *argv)
+    argv += ("--dataset", "digits8", "--image_size", 8, "--steps", 4)
+    if reflow:
+        argv += ("--reflow", train(tmp_path / "teacher", *argv)[0])
+    whole, networks = train(tmp_path / "whole", *argv)
     with pytest.raises(MemoryError):
-        train(tmp_path / "parts", *argv, die_at=3)
-    same_run(train(tmp_path / "parts", "--resume"), whole)
-
-
-@pytest.mark.parametrize("left", ["", "st", "step,loss,grad_norm,lr\n", "step,loss,grad_norm,lr\n1,0.5,1.0,0.1\n2,0."])
-def test_a_run_killed_before_its_log_was_whole_resumes(left, tmp_path):
-    """As kill -9 leaves it: a checkpoint of step 0, of the log nothing, a torn header or a torn row."""
-    _, whole = open_toy(tmp_path / "whole")
-    fit(whole)
-    _, cut = open_toy(tmp_path / "cut")
-    with pytest.raises(MemoryError):
-        fit(cut, watch=lambda *_: (_ for _ in ()).throw(MemoryError))
-    (cut._folder / "log.csv").write_text(left)
-    _, again = open_toy(tmp_path / "cut", "--resume")
-    fit(again)
-    same_run(again.folder, whole.folder)
+        train(tmp_path / "parts", *argv, dies_at=dies_at)
+    again, resumed = train(tmp_path / "parts", "--resume")
+    same_run(again, whole)
+    assert networks
+    assert_same_tree(resumed, networks)  # the average, too
+    for name, value in json.loads((whole / "metrics.json").read_text()).items():
+        if not name.endswith(("seconds", "second")):
+            assert json.loads((again / "metrics.json").read_text())[name] == value, name
 
 
 def test_the_log_is_on_disk_before_the_checkpoint(tmp_path, monkeypatch):
@@ -257,9 +224,8 @@ def test_the_log_is_on_disk_before_the_checkpoint(tmp_path, monkeypatch):
 
     def watched(path, content):
         if path.name == "checkpoint.pt":
-            step = torch.load(__import__("io").BytesIO(bytes(content)))["step"]
-            log = path.parent / "log.csv"
-            seen.append((step, log.read_text().count("\n")))
+            step = torch.load(io.BytesIO(bytes(content)))["step"]
+            seen.append((step, (path.parent / "log.csv").read_text().count("\n")))
         write(path, content)
 
     monkeypatch.setattr(runs, "write_whole", watched)
@@ -267,20 +233,14 @@ def test_the_log_is_on_disk_before_the_checkpoint(tmp_path, monkeypatch):
     assert seen == [(0, 0), (3, 4), (6, 7)]  # the header and a row a step
 
 
-def test_a_finished_run_resumed_does_nothing_more(tmp_path):
-    _, run = open_toy(tmp_path)
-    fit(run)
-    before = stored(run), run.path("log.csv").read_bytes()
-    _, again = open_toy(tmp_path, "--resume")
-    model, _ = fit(again, watch=lambda *_: pytest.fail("a step was made"))
-    assert run.path("log.csv").read_bytes() == before[1]
-    assert_same_tree(stored(run), before[0])
-    assert_same_tree(dict(model.state_dict()), dict(stored(run)["model"]))
-
-
-def test_a_finished_run_is_trained_on(tmp_path, capsys):
+def test_a_finished_run_does_nothing_more_unless_it_gets_more_steps(tmp_path, capsys):
     _, run = open_toy(tmp_path, "--steps", 2)
     fit(run, 2)
+    before = stored(run), run.path("log.csv").read_bytes()
+    _, again = open_toy(tmp_path, "--resume")
+    model, _ = fit(again, 2, watch=lambda *_: pytest.fail("a step was made"))
+    assert_same_tree((stored(run), run.path("log.csv").read_bytes()), before)
+    assert_same_tree(dict(model.state_dict()), dict(stored(run)["model"]))
     cfg, again = open_toy(tmp_path, "--resume", "--steps", 5)
     assert "trains to step 5 instead of 2" in capsys.readouterr().out
     fit(again, cfg.steps)
@@ -296,136 +256,90 @@ def test_config_repeats_a_run(tmp_path):
     assert cfg == run.cfg and again.opts.seed == 9 and again.opts.preset == "smoke"
     fit(again)
     same_run(again.folder, run.folder)
+    _, other = open_toy(tmp_path / "c", "--config", run.path("config.json"), "--seed", 8)
+    fit(other)
+    assert not torch.equal(stored(other)["model"]["2.weight"], stored(run)["model"]["2.weight"])
 
 
-def two_loops(run, stop=None):
-    """An autoencoder, then the model, as in latent diffusion: (autoencoder, model, steps made)."""
-    steps, made = [], images()
-    vae, model = run.place(network()), run.place(network())
-    for name, module, others in (("vae", vae, {}), ("model", model, {"vae": vae})):
-        optimizer = torch.optim.AdamW(module.parameters(), 0.01)
-        for step in run.steps(4, name, **{name: module}, optimizer=optimizer, **others):
-            x, _ = run.batch(made.train)
-            loss = (module(x) - x.flatten(1).mean(1, True)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            run.log(loss=loss)
-            steps.append((name, step))
-            run.stopped = run.stopped or (name, step) == stop
-        if run.stopped:
-            break
-    return vae, model, steps
-
-
-def test_a_checkpoint_of_a_later_loop_skips_the_earlier_one(tmp_path):
-    _, whole = open_toy(tmp_path / "whole")
-    *_, all_steps = two_loops(whole)
-    assert all_steps == [(name, step) for name in ("vae", "model") for step in range(4)]
-    assert whole.read_log("vae_log.csv")["step"] == whole.read_log()["step"] == [1, 2, 3, 4]
-    found = whole.read_metrics()
-    assert found["vae_steps"] == found["steps"] == 4 and found["vae_train_seconds"] > 0
-    for stop, first in ((("model", 1), 6), (("vae", 1), 2)):
-        out = tmp_path / "_".join(map(str, stop))
-        _, parts = open_toy(out)
-        vae, _, _ = two_loops(parts, stop)
-        assert stored(parts)["loop"] == stop[0]
-        _, again = open_toy(out, "--resume")
-        restored, _, steps = two_loops(again)
-        assert steps == all_steps[first:]  # nothing of the earlier loop, if it was finished
-        if stop[0] == "model":
-            assert_same_tree(dict(restored.state_dict()), dict(vae.state_dict()))
-        same_run(again.folder, whole.folder)
-        assert again.path("vae_log.csv").read_bytes() == whole.path("vae_log.csv").read_bytes()
-
-
-def test_a_seed_is_the_run_s_own(tmp_path):
-    states = []
-    for seed in (0, 1):
-        _, run = open_toy(tmp_path / str(seed), "--seed", seed, "--steps", 1)
-        fit(run, 1)
-        states.append(stored(run)["model"]["1.weight"])
-    assert not torch.equal(*states)
-    _, run = open_toy(tmp_path / "1", "--resume")
-    assert run.opts.seed == 1
-    with pytest.raises(Mistake, match="--seed 0"):
-        open_toy(tmp_path / "1", "--resume", "--seed", 0)
-
-
-def test_a_renamed_loop_is_not_skipped_silently(tmp_path):
-    _, run = open_toy(tmp_path)
-    fit(run)
-    _, again = open_toy(tmp_path, "--resume")
-    with pytest.raises(Mistake, match="holds no network, only the loop 'model'"):
-        fit(again, name="network")
-
-
-def test_the_preset_of_a_stored_run_is_its_own(drawn_from, tmp_path):
-    with pytest.raises(Mistake, match="--preset laptop: .* goes on with its own, smoke"):
-        open_toy(tmp_path, "--resume", drawn_from, "--preset", "laptop")
-    with pytest.raises(Mistake, match="--preset and --config exclude each other"):
-        open_toy(tmp_path, "--config", drawn_from / "config.json", "--preset", "laptop")
-    assert open_toy(tmp_path, "--resume", drawn_from)[1].opts.preset == "smoke"
-
-
-def test_a_stored_precision_that_does_not_exist(drawn_from, tmp_path):
-    stored = json.loads((drawn_from / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(stored | {"run": {"amp": "fp17"}}))
-    with pytest.raises(Mistake, match="--amp fp17: must be one of off, bf16 on cpu"):
-        open_toy(tmp_path, "--config", tmp_path / "config.json")
-
-
-def test_an_edited_network_is_named_with_what_does_not_fit(drawn_from, tmp_path):
-    _, run = open_toy(tmp_path, "--sample", drawn_from)
-    larger = network()
-    larger.append(nn.Linear(1, 1))
-    with pytest.raises(Mistake, match="Missing key.*4.weight"):
-        run.trained(larger)
+@pytest.mark.parametrize("name, value", [
+    ("device", "cpu"), ("amp", "bf16"), ("compile", True), ("grad_checkpointing", True)])
+def test_every_setting_of_a_run_is_kept_when_it_goes_on(name, value, tmp_path, monkeypatch):
+    """By what it does in the resumed run. device: a GPU that has come since is not taken."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    flag = f"--{name}" if value is True else f"--{name}={value}"
+    settings = {"device": "auto", "amp": "off", "compile": False, "grad_checkpointing": False}
+    _, run = open_toy(tmp_path, flag, "--steps", 3, device=None)
+    fit(run, 3, lambda step, _: setattr(run, "stopped", step == 1))
+    config = json.loads(run.path("config.json").read_text())
+    assert stored(run)["run"] == config["run"] == settings | {name: value}
+    compiled.clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: name == "device")
+    _, again = open_toy(tmp_path, "--resume", device=None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model, calls = network(), []
+    model[1].register_forward_hook(lambda *_: calls.append(1))
+    model[1][0].register_forward_hook(lambda *_: calls.append(1))
+    fit(again, 3, model=model)
+    with again.autocast():
+        precision = "bf16" if model(torch.ones(2, 4)).dtype == torch.bfloat16 else "off"
+    found = {"device": again.device.type, "amp": precision, "compile": compiled == [model],
+             "grad_checkpointing": len(calls) == 2 + 3}  # 2 of the line above
+    assert found == settings | {"device": "cpu", name: value}
+    other = {"device": "auto", "amp": "off"}.get(name)
+    undone = f"--{name}={other}" if other else f"--no-{name}"
+    for how, expected in ((["--config", run.path("config.json")], value), (["--resume", undone], settings[name]),
+                          (["--sample"], settings[name])):  # a draw is no part of that run
+        assert getattr(open_toy(tmp_path, *how, device=None)[1].opts, name) == expected
 
 
 def test_what_resume_refuses(folder, tmp_path):
     shutil.copy(folder / "checkpoint.pt", folder / "model.pt")
     for argv, words in [
-            (("--resume", folder, "--seed", 5), "--seed 5"),
+            (("--resume", folder, "--seed", 5), "--seed 5: .* goes on with its own, 3"),
+            (("--resume", folder, "--preset", "laptop"), "--preset laptop: .* goes on with its own, smoke"),
             (("--resume", folder, "--steps", 1), "steps 1: must be >= 2"),
             (("--resume", folder / "model.pt"), "must be a run folder"),
+            (("--resume", folder, "--config", folder / "config.json"), "--config and --resume exclude"),
+            (("--sample", folder, "--resume", folder), "--sample and --resume exclude"),
+            (("--config", folder / "config.json", "--preset", "laptop"), "--preset and --config exclude"),
             (("--sample", folder / "log.csv"), "--sample .*log.csv")]:
         with pytest.raises(Mistake, match=words):
-            open_run(ddpm, tmp_path, *argv)
-    with pytest.raises(Mistake, match="--config and --resume exclude each other"):
-        open_toy(tmp_path, "--resume", folder, "--config", folder / "config.json")
-    assert open_run(ddpm, tmp_path, "--resume", folder / "checkpoint.pt")[1].folder == folder
+            open_toy(tmp_path, *argv)
+    _, again = open_toy(tmp_path, "--resume", folder / "checkpoint.pt")
+    assert again.folder == folder and again.opts.seed == 3 and again.opts.preset == "smoke"
+    with pytest.raises(Mistake, match="holds no network, only the loop 'model'"):  # a loop that was renamed
+        fit(again, name="network")
 
 
-LOCKED = """
-import sys
-sys.path[:0] = {path!r}
-from toy import open_toy
-from common.cli import Mistake
-try:
-    open_toy({out!r}, "--resume")
-except Mistake as mistake:
-    print(mistake)
-"""
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
-def test_a_run_at_work_elsewhere_is_not_resumed_nor_read(tmp_path):
-    _, run = open_toy(tmp_path, "--steps", 2)
-    code = LOCKED.format(path=[str(ROOT), str(ROOT / "tests" / "plumbing")], out=str(tmp_path))
-    said = []
+def test_a_run_at_work_elsewhere_is_neither_read_nor_trained(folder, tmp_path):
+    import fcntl  # its locks are of an open file: a second one in this process is another process's
 
-    def resume_elsewhere(*_):
-        run.path("checkpoint.pt").rename(tmp_path / "kept")  # the lock comes before the reading
-        run.path("checkpoint.pt").write_bytes(b"half written")
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        (tmp_path / "kept").rename(run.path("checkpoint.pt"))
-        said.append(done.stdout)
+    def take(folder):
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
 
-    fit(run, 1, resume_elsewhere)
-    assert "another process trains in it" in said[0] and str(run.folder) in said[0]
-    open_toy(tmp_path, "--resume")  # this process does not shut itself out
+    elsewhere, whole = take(folder), (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(b"half written")  # the lock comes before the reading
+    with pytest.raises(Mistake, match="another process trains in it"):
+        open_toy(tmp_path, "--resume", folder)
+    os.close(elsewhere)
+    (folder / "checkpoint.pt").write_bytes(whole)
+    for argv in ((), ("--resume", folder, "--steps", 6)):  # a new run, too
+        _, run = open_toy(tmp_path, *argv)
+        seen = []
+
+        def try_elsewhere(*_, run=run, seen=seen):
+            with pytest.raises(BlockingIOError):
+                take(run.path("."))
+            seen.append(open_toy(tmp_path, "--resume", run.path(".")))  # this process does not shut itself out
+
+        fit(run, 6, try_elsewhere)
+        assert len(seen) == (4 if argv else 6)
+        os.close(take(run.folder))  # free again
 
 
 # Damaged and foreign files
@@ -433,31 +347,18 @@ def test_a_run_at_work_elsewhere_is_not_resumed_nor_read(tmp_path):
 
 @pytest.mark.parametrize("entry", ["script", "seed", "step", "config", "loop", "optimizer",
                                    "random", "model", "ema", "format", "preset", "run"])
-@pytest.mark.parametrize("value", [None, "text", [1, 2], {"a": "b"}, 3.5])
-def test_a_damaged_entry_is_a_mistake_that_names_the_file(entry, value, folder, tmp_path):
-    state = torch.load(folder / "checkpoint.pt") | {entry: value}
-    torch.save({k: v for k, v in state.items() if v is not None}, folder / "checkpoint.pt")
-    harmless = [("preset", None), ("loop", "text"),
-                *(("run", value) for value in (None, "text", [1, 2], {"a": "b"}, 3.5))]
-    if any(entry == name and value == kind for name, kind in harmless):
-        open_run(ddpm, tmp_path, "--resume", folder)  # nothing that could not be done without
-        return
-    with pytest.raises(Mistake) as problem:
-        ddpm.train(*open_run(ddpm, tmp_path, "--resume", folder))
-    assert str(folder) in str(problem.value)
-
-
-@pytest.mark.parametrize("values, word", [
-    ({"T": "ten"}, "T ten: must be of type int"), ({"T": 0}, "T 0"), ({"channels": 16}, "fits this script and its Config"),
-    ({"mults": [1, 1]}, "fits this script and its Config"), ({"heads": 3}, "heads 3")])
-@pytest.mark.parametrize("how", ["--sample", "--resume"])
-def test_a_stored_config_that_does_not_fit(values, word, how, folder, tmp_path):
-    state = torch.load(folder / "checkpoint.pt")
-    state["config"] |= values
-    torch.save(state, folder / "checkpoint.pt")
-    with pytest.raises(Mistake, match=word):
-        cfg, run, data = open_run(ddpm, tmp_path, how, folder)
-        run.trained(ddpm.make_unet(cfg, data.shape)) if run.sampling else ddpm.train(cfg, run, data)
+def test_a_damaged_entry_is_a_mistake_that_names_the_file(entry, folder, tmp_path):
+    whole = torch.load(folder / "checkpoint.pt")
+    del whole[entry]
+    harmless = ("preset", {}), ("preset", {"preset": "text"}), ("loop", {"loop": "text"})
+    for damage in ({}, *({entry: value} for value in ("text", [1, 2], {"a": "b"}, 3.5))):
+        torch.save(whole | damage, folder / "checkpoint.pt")
+        if entry == "run" or (entry, damage) in harmless:
+            open_toy(tmp_path, "--resume", folder)  # nothing that could not be done without
+            continue
+        with pytest.raises(Mistake) as problem:
+            fit(open_toy(tmp_path, "--resume", folder, "--steps", 3)[1], 3)
+        assert str(folder) in str(problem.value), damage
 
 
 class Executed:
@@ -467,148 +368,55 @@ class Executed:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("how", ["--sample", "--resume"])
 @pytest.mark.parametrize("kind", [
-    "empty", "truncated", "last byte missing", "text", "bytes", "zip", "tensor", "dict of weights",
-    "whole module", "only the mark", "other script", "pickle"])
-def test_foreign_checkpoints(kind, how, trained, tmp_path, monkeypatch, recwarn):
+    "empty", "truncated", "a bit turned", "text", "zip", "dict of weights", "whole module", "only the mark",
+    "other script", "pickle"])
+def test_foreign_checkpoints(kind, drawn_from, tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "run" / "checkpoint.pt"
     path.parent.mkdir()
-    whole = (trained / "checkpoint.pt").read_bytes()
+    whole, state = (drawn_from / "checkpoint.pt").read_bytes(), torch.load(drawn_from / "checkpoint.pt")
+    number = whole.index(state["model"]["2.weight"].numpy().tobytes())
+    turned = whole[:number] + bytes([whole[number] ^ 1]) + whole[number + 1:]
+    content = {"empty": b"", "truncated": whole[:-1], "a bit turned": turned, "text": b"I am no checkpoint\n",
+               "pickle": pickle.dumps({"format": FORMAT, "a": Executed()})}
     if kind == "zip":
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("readme.txt", "no tensors here")
-    elif kind == "pickle":
-        path.write_bytes(pickle.dumps({"format": FORMAT, "a": Executed()}))
-    elif kind in ("empty", "truncated", "last byte missing", "text", "bytes"):
-        path.write_bytes({"empty": b"", "truncated": whole[:len(whole) // 2], "last byte missing": whole[:-1],
-                          "text": b"I am no checkpoint\n", "bytes": bytes(range(256)) * 40}[kind])
+    elif kind in content:
+        path.write_bytes(content[kind])
     else:
-        torch.save({"tensor": torch.randn(3), "dict of weights": {"weight": torch.randn(3)},
-                    "whole module": nn.Linear(2, 2), "only the mark": {"format": FORMAT},
-                    "other script": torch.load(trained / "checkpoint.pt") | {"script": "score_based"}}[kind], path)
+        torch.save({"dict of weights": {"weight": torch.randn(3)}, "whole module": nn.Linear(2, 2),
+                    "only the mark": {"format": FORMAT}, "other script": state | {"script": "score_based"}}[kind], path)
     before = path.read_bytes()
-    with pytest.raises(Mistake) as problem:
-        open_run(ddpm, tmp_path / "out", how, path.parent)
-    said = str(problem.value)
-    assert str(path.parent) in said and "\n" not in said and path.read_bytes() == before
-    assert ("score_based" in said) == (kind == "other script")
+    for how in ("--sample", "--resume"):
+        with pytest.raises(Mistake) as problem:
+            open_toy(tmp_path / "out", how, path.parent)
+        said = str(problem.value)
+        assert str(path.parent) in said and "\n" not in said and path.read_bytes() == before
+        assert ("score_based" in said) == (kind == "other script")
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
     assert not [w for w in recwarn if w.category is not ResourceWarning]
 
 
 @pytest.mark.parametrize("name, content", [
-    ("log.csv", b"\xff\xfe,\xff\n" * 30), ("log.csv", b"some words\nand more\n"), ("log.csv", b"a,b\n1,x\n"),
+    ("log.csv", b"\xff\xfe,\xff\n" * 30), ("log.csv", b"some words\nand more\n"),
     ("metrics.json", b""), ("metrics.json", b'{"steps": 2,'), ("metrics.json", b"[1, 2]")])
 def test_a_file_that_is_none_is_told_before_the_training(name, content, folder, tmp_path):
     (folder / name).write_bytes(content)
     before = (folder / "checkpoint.pt").read_bytes()
     with pytest.raises(Mistake, match=name):
-        cfg, run, data = open_run(ddpm, tmp_path, "--resume", folder, "--steps", 3)
-        ddpm.train(cfg, run, data)
+        _, run = open_toy(tmp_path, "--resume", folder, "--steps", 3)
+        fit(run, 3, lambda *_: pytest.fail("a step was made"))
     assert (folder / "checkpoint.pt").read_bytes() == before
 
 
-def test_shipped_models_load(tmp_path):
-    for page, name in (("ddpm", "ddpm"), ("ddim", "ddpm"), ("latent_diffusion", "latent"),
-                       ("conditional_diffusion", "conditional"), ("score_based_diffusion", "score_based")):
-        module = importlib.import_module(f"{page}_example")
-        cfg, run, data = open_run(module, tmp_path, "--preset", "laptop", "--sample",
-                                  ROOT / "pretrained" / f"{name}.pt") if module is not ddim else (
-            *runs.open_run("ddim", ddim.Config, ddim.PRESETS, ddim.SAMPLING,
-                           ["--sample", str(ROOT / "pretrained" / "ddpm.pt")], reads=("ddpm",)), None)
-        assert run.sampling and cfg.steps > 1000
-
-
-# Sampling and the last line
-
-
-class Sampler:
-    """Samples of 1 x 2 x 2 noise in three steps, each of which calls the network twice."""
-
-    def __init__(self):
-        self.network, self.batches = nn.Linear(4, 4), []
-
-    def __call__(self, batch):
-        self.batches.append(batch)
-        x = torch.randn(len(batch), 1, 2, 2)
-        for t in (3, 2, 1):
-            yield t, x
-            x = x + self.network(self.network(x.flatten(1))).view(x.shape).detach()
-        yield 0, x
-
-
-def test_draw_puts_batches_together_and_counts_the_calls(tmp_path):
-    _, run = open_toy(tmp_path)
-    states = Sampler()
-    torch.manual_seed(1)
-    x, found = run.draw(10, states, states.network, 3, batch_size=4)
-    assert states.batches == [range(4), range(4, 8), range(8, 10)] and x.shape == (10, 1, 2, 2)
-    assert found["n"] == 10 and found["network_calls"] == 6 and found["seconds"] > 0
-    torch.manual_seed(1)
-    expected = torch.cat([list(states(range(n)))[-1][1] for n in (4, 4, 2)])
-    assert_close(x, expected, rtol=0, atol=0)
-    assert not states.network._forward_hooks and not states.network._forward_pre_hooks
-    with pytest.raises(Mistake, match="samples are not finite"):
-        run.draw(3, lambda batch: [(0, torch.full((3, 1, 2, 2), float("nan")))], states.network, 3)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_evaluation_scores_as_many_as_asked_always_the_same_and_keeps_them(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(runs.quality, "scores", lambda x, *rest: seen.append((x, *rest)) or {"legible": 0.5})
-    states, made, labels = Sampler(), images(), torch.arange(130)
-    _, run = open_toy(tmp_path)
-    run.evaluate(states, states.network, 3, made)
-    assert seen == [] and list(tmp_path.iterdir()) == []
-    _, run = open_toy(tmp_path, "--evaluate", 130)
-    state = torch.get_rng_state()
-    found = run.quality(states, states.network, 3, made)
-    assert torch.equal(state, torch.get_rng_state())  # the caller's draws are left alone
-    assert found["legible"] == 0.5 and found["n"] == 130 and found["network_calls"] == 6
-    assert list(tmp_path.iterdir()) == []
-    torch.randn(5)
-    run.evaluate(states, states.network, 3, made, labels)
-    open_picture(run.path("evaluated.png"))
-    assert run.read_metrics()["evaluation"]["n"] == 130
-    assert_close(seen[0][0], seen[1][0], rtol=0, atol=0)
-    assert seen[0][1] is made and seen[0][2] is None and seen[1][2] is labels
-    import numpy as np
-    kept = torch.from_numpy(np.load(run.path("evaluated.npz"))["samples"])
-    assert kept.dtype == torch.uint8
-    assert_close(kept.float() / 127.5 - 1, seen[1][0].clamp(-1, 1), rtol=0, atol=0.004)
-    _, other = open_toy(tmp_path, "--evaluate", 130, "--seed", 1)
-    other.quality(states, states.network, 3, made)
-    assert not torch.equal(seen[0][0], seen[2][0])
-
-
-def test_the_last_line_says_what_was_measured_and_where(tmp_path, capsys):
-    cfg, run = open_toy(tmp_path)
-    fit(run)
-    run.add_metrics(sampling={"seconds": 2.0}, samples={"legible": 0.5, "n": 64},
-                    evaluation={"accuracy": 0.75, "frechet_distance": 12.25})
-    run.finish()
-    found = run.read_metrics()
-    assert found["config"] == json.loads(json.dumps(dataclasses.asdict(cfg)))
-    assert found["total_seconds"] >= found["train_seconds"]
-    said = capsys.readouterr().out.strip().splitlines()[-1]
-    for words in ("trained 0 s", "sampled 2 s", "legible 50% ± 6 points (n = 64)", "as asked 75.0%",
-                  "12.2", str(run.folder)):
-        assert words in said, said
-    _, run = open_toy(tmp_path)
-    run.finish()
-    said = capsys.readouterr().out.strip()
-    assert "trained" not in said and "sampled" not in said and "all in" in said
-
-
 def test_run_folders_are_unique_and_made_when_first_asked_for(tmp_path):
-    made = [open_toy(tmp_path)[1] for _ in range(5)]
+    made = [open_toy(tmp_path)[1] for _ in range(3)]
     assert list(tmp_path.iterdir()) == []
     folders = {run.folder for run in made}
-    assert len(folders) == 5 and all(f.parent == tmp_path / "toy" for f in folders)
+    assert len(folders) == 3 and all(f.parent == tmp_path / "toy" for f in folders)
     part = made[0].part("coarse", dataclasses.replace(Config(), T=3))
     assert part.folder == made[0].folder / "coarse" and part.cfg.T == 3
     part.add_metrics(a=1)
     assert part.read_metrics() == {"a": 1} and made[0].read_metrics() == {}
-    assert PRESETS["laptop"] == Config()

@@ -23,12 +23,16 @@ DIFFERENCES = (  # scripts that differ from others in {name: most changed lines}
     ("conditional", "ddim ddpm latent score", {"ResBlock": 10, "UNet": 24},
      "time and class scale and shift the second norm (ADM Sec. 3.1); the classes are embedded"),
     ("conditional", "ddpm", {"sample": 7}, "it draws classes, as its Config asks for"),
+    ("flow", "ddim ddpm latent score", {"ResBlock": 10, "UNet": 24},
+     "time and class scale and shift the second norm (ADM Sec. 3.1); the classes are embedded"),
+    ("flow", "score", {"log_likelihood": 40, "bits_per_dim": 10, "measure_likelihood": 20},
+     "a velocity and the time at which its path ends, for a score and an SDE; time runs from noise to data"),
     ("score", "ddim ddpm latent", {"UNet": 15}, "random Fourier features of the time"),
     ("latent", "conditional ddim ddpm", {"make_schedule": 8}, "scaled_linear is LDM's schedule"),
     ("latent", "conditional ddim", {"ddim_process": 7}, "latents have no range to clamp x0_hat to"),
     ("latent", "ddim", {"ddim_sample": 6}, "latents have no range to clamp x0_hat to"),
     ("controllable", "conditional", {"train_classifier": 28}, "time is continuous, the SDE makes the noise"),
-    ("ncsnpp", "conditional ddim ddpm latent score",
+    ("ncsnpp", "conditional ddim ddpm flow latent score",
      {"Stage": 16, "Downsample": 15, "Upsample": 13, "UNet": 82},
      "the options of SDE App. H: FIR and BigGAN resampling, skip rescaling, the input at every level"))
 EXCEPTIONS = {(frozenset((one, other)), name): (most, why) for one, others, names, why in DIFFERENCES

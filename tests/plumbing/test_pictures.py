@@ -1,169 +1,288 @@
-"""What the drawing functions write."""
+"""A person's own pictures: what each is read as, folders as classes, what is left out and said."""
 
+import struct
+import warnings
+import zlib
+
+from common import data
 
 import numpy as np
 import pytest
 import torch
-from conftest import open_picture, spied
-from matplotlib.axes import Axes
-from PIL import Image, ImageSequence
-from torch.testing import assert_close
+from PIL import Image
+from test_data import refused
 
-from common import data, plotting
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
-def pictures_of(n, channels=1, size=8):
-    return torch.randn(n, channels, size, size)
+def save(picture, *paths):
+    """The same picture at each path, its folders made."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_pictures_are_readable(tmp_path, channels):
-    x = pictures_of(10, channels)
-    made = data.Data("toy", x, x[:6] + 0.1)
-    plotting.grid(tmp_path / "grid.png", x, 5, "title")
-    plotting.panels(tmp_path / "panels.png", [("a", x), ("b", x[:4])], "title")
-    plotting.samples(tmp_path / "samples.png", x[:5], made, "title")
-    plotting.neighbours(tmp_path / "neighbours.png", x[:5], made)
-    plotting.table(tmp_path / "table.png", [x[:3], x[3:6]], "title", ["a", "b"], list("xyz"))
-    plotting.table(tmp_path / "uneven.png", [x[:3], pictures_of(2, channels, 4)], "title")
-    for name in ("grid", "panels", "samples", "neighbours", "table", "uneven"):
-        assert len(open_picture(tmp_path / f"{name}.png")) == 1
+def plain(value, size=(8, 8), mode="RGB"):
+    return Image.new(mode, size, value)
 
 
-def test_samples_stand_beside_as_many_held_out_pictures(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(plotting, "panels", lambda path, parts, title, columns: seen.append(parts))
-    made = data.Data("toy", pictures_of(200), pictures_of(100))
-    for n, shown in ((9, 9), (200, 64)):
-        plotting.samples(tmp_path / "a.png", pictures_of(n), made, "title")
-        (how, drawn), (other, real) = seen.pop()
-        assert how == "samples" and other == "real, held out" and len(drawn) == len(real) == shown
-        assert torch.equal(real, made.test[:shown])
+def load(folder, size=4):
+    return data.load_images(f"folder:{folder}", size)
 
 
-@pytest.mark.parametrize("shape, most", [((2,), 5000), ((1, 16), 8)])
-def test_samples_of_points_and_series_are_cut_to_what_can_be_seen(tmp_path, monkeypatch, shape, most):
-    seen = []
-    monkeypatch.setattr(plotting, "panels", lambda path, parts, title, columns: seen.append(parts))
-    x = torch.randn(most + 50, *shape)
-    for n, shown in ((3, 3), (most + 50, most)):
-        plotting.samples(tmp_path / "a.png", x[:n], data.Data("toy", x, -x), "title")
-        (_, drawn), (_, real) = seen.pop()
-        assert torch.equal(drawn, x[:shown]) and torch.equal(real, -x[:shown])
+def pixels(folder, size=4):
+    """The 8-bit pixels (N, 3, size, size) of a folder of one kind of picture."""
+    found = load(folder, size)
+    return torch.cat([found.test, found.train]).add(1).mul(127.5).round().int()
 
 
-def test_neighbours_are_of_the_training_part(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(plotting, "table", lambda *args: seen.append(args))
-    train = pictures_of(20)
-    made = data.Data("toy", train, train[:4] + 0.5)
-    plotting.neighbours(tmp_path / "a.png", train[[3, 8]] + 0.1, made)
-    _, (drawn, nearest), title, _, columns = seen[0]
-    assert torch.equal(nearest, train[[3, 8]]) and columns == ["0.10", "0.10"]
-    assert "0.50" in title  # how far held-out pictures are
+def notices(capsys):
+    captured = capsys.readouterr()
+    assert not captured.err
+    return captured.out.splitlines()
 
 
-def test_points_are_drawn(tmp_path):
-    x = torch.randn(300, 2)
-    made = data.Data("toy", x, x)
-    plotting.panels(tmp_path / "panels.png", [("a", x), ("b", x)], "title")
-    plotting.samples(tmp_path / "samples.png", x, made, "title")
-    plotting.fields(tmp_path / "fields.png", [("t = 1", x, x[:50], -x[:50])] * 2, "title")
-    for name in ("panels", "samples", "fields"):
-        assert len(open_picture(tmp_path / f"{name}.png")) == 1
+# One picture
 
 
-def test_curves_bars_points_and_histograms(tmp_path):
-    log = {"step": [1.0, 2.0, 3.0], "loss": [3.0, 2.0, 1.0], "kl": [1.0, 2.0, 3.0]}
-    parts = [plotting.loss_curve(log, "loss"), plotting.loss_curve(log, "kl", "kl"),
-             plotting.loss_by_t(lambda low, high: low + high, [1, 2, 4], "by t"),
-             {"lines": {"a": (range(3), torch.arange(3.0), "o-"), "_b": ([0, 1], [1, 2])},
-              "points": {"p": ([1], [2])}, "levels": {"held out": 1.5}, "xscale": "log"},
-             {"bars": (["x", "y"], [1.0, 2.0])},
-             {"histogram": torch.randn(400), "xlim": (-2, 2), "title": "h"}, None]
-    plotting.curves(tmp_path / "curves.png", parts, "title")
-    plotting.curves(tmp_path / "one.png", parts[:1])
-    for name in ("curves", "one"):
-        assert len(open_picture(tmp_path / f"{name}.png")) == 1
-    assert "lines" in parts[0]  # a part may be drawn twice
-    plotting.curves(tmp_path / "none.png", [None])
-    assert not (tmp_path / "none.png").exists()
+def test_exif_rotation_is_applied(tmp_path):
+    stored = np.zeros((8, 8, 3), np.uint8)
+    stored[:4], stored[:, :2] = GREEN, RED  # green above, red on the left
+    for turned in (1, 3, 6, 8):
+        exif = Image.Exif()
+        exif[0x0112] = turned
+        Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+        found = data.read_picture(tmp_path / "a.png", 8).permute(1, 2, 0).numpy()
+        assert np.array_equal(found, np.rot90(stored, {1: 0, 3: 2, 6: -1, 8: 1}[turned])), turned
 
 
-def test_a_loss_curve_is_each_step_and_their_mean():
-    log = {"step": [1.0, 2.0, 3.0], "loss": [3.0, 2.0, 1.0]}
-    part = plotting.loss_curve(log, "loss")
-    steps, losses, *_ = part["lines"]["each step"]
-    assert steps == log["step"] and losses == log["loss"]
-    assert_close(part["lines"]["mean of 100"][1], np.array([3.0, 2.5, 2.0]))
-    assert plotting.loss_curve({}, "loss") is None
+@pytest.mark.parametrize("mode, colour, shown", [
+    ("RGBA", (255, 0, 0, 0), (255, 255, 255)), ("RGBA", (255, 0, 0, 128), (255, 127, 127)),
+    ("LA", (0, 0), (255, 255, 255)), ("P", 0, (255, 255, 255)), ("L", 0, (255, 255, 255)),
+    ("CMYK", (0, 0, 0, 0), (255, 255, 255)), ("CMYK", (0, 255, 255, 0), RED)])
+def test_transparent_is_white_and_any_mode_becomes_rgb(tmp_path, mode, colour, shown):
+    picture = plain(colour, mode=mode)
+    if mode == "P":
+        picture.putpalette([10, 20, 30] * 256)
+    file = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    picture.save(file, **({"transparency": 0} if mode in "PL" else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = data.read_picture(file, 4)
+    assert (found.flatten(1).int() - torch.tensor(shown)[:, None]).abs().max() <= 1
 
 
-def test_the_loss_by_t_asks_for_neighbouring_edges():
-    asked = []
-    part = plotting.loss_by_t(lambda low, high: asked.append((low, high)) or low, [1, 3, 7], "t")
-    middles, heights, width = part["bars"]
-    assert asked == [(1, 3), (3, 7)] and middles == [2, 5] and heights == [1, 3] and width > 0
+def test_the_first_frame_of_a_film_is_read(tmp_path):
+    plain(RED).save(tmp_path / "a.gif", save_all=True, append_images=[plain(BLUE)])
+    assert data.read_picture(tmp_path / "a.gif", 4)[:, 0, 0].tolist() == list(RED)
 
 
-def test_evenly():
-    assert plotting.evenly(list(range(11)), 3) == [0, 5, 10]
-    assert plotting.evenly(list(range(21)), 8)[::7] == [0, 20]
-    assert plotting.evenly([1, 2], 8) == [1, 2] and plotting.evenly([1], 8) == [1]
-    assert plotting.evenly([1, 2, 3], 1) == [1]
+@pytest.mark.parametrize("values, suffix, shades", [
+    (np.uint16([10, 100, 200, 250]) * 257, "png", [10, 100, 200, 250]),
+    ((np.uint16([10, 100, 200, 250]) * 257).astype(">u2"), "tiff", [10, 100, 200, 250]),
+    (np.int32([10, 100, 200, 250]) * 257, "tiff", [10, 100, 200, 250]),
+    (np.float32([0.1, 0.2, 0.3, 0.6]), "tiff", [0, 51, 102, 255]),
+    (np.int32([-10, 0, 10, 40]), "tiff", [0, 51, 102, 255]),
+    (np.int32([50_000, 60_000, 70_000, 100_000]), "tiff", [0, 51, 102, 255]),
+    (np.float32([0.5] * 4), "tiff", [0] * 4), (np.float32([np.nan] * 4), "tiff", [0] * 4),
+    (np.float32([1, np.nan, 1, 1]), "tiff", [255, 0, 255, 255]),
+    (np.float32([np.inf, 1, -np.inf, 1]), "tiff", [0, 255, 0, 255])])
+def test_numbers_of_more_than_8_bits_keep_their_shades(tmp_path, values, suffix, shades):
+    """16 bits are scaled by their range, wider numbers by the values that occur; nothing is clipped at 255."""
+    grey = np.repeat(values, 4).reshape(4, 4)
+    save(Image.fromarray(grey), tmp_path / f"a.{suffix}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data.read_picture(tmp_path / f"a.{suffix}", 4)[0, :, 0].tolist() == shades
 
 
-def test_gif_moves_and_holds_its_end(tmp_path):
-    frames = [torch.full((4, 1, 8, 8), v) + torch.linspace(-0.2, 0.2, 8) for v in (-0.8, 0.0, 0.8)]
-    plotting.gif(tmp_path / "a.gif", frames, 2, ["t = 2", "t = 1", "t = 0"], hold=2)
-    with Image.open(tmp_path / "a.gif") as picture:
-        assert picture.n_frames >= 3 and picture.info["loop"] == 0
-    shown = open_picture(tmp_path / "a.gif")
-    middles = [f[30:].mean() for f in shown]
-    assert middles[0] < middles[1] < middles[-1]
+@pytest.mark.parametrize("top, shade", [(4095, 4095), (1023, 1023), (60000, 65535), (200, 255)])
+def test_pictures_of_more_than_8_bits_have_one_range_a_folder(tmp_path, capsys, top, shade):
+    for name, value in (("a", top), ("b", top // 2), ("c", 0)):
+        Image.fromarray(np.full((4, 4), value, np.uint16)).save(tmp_path / f"{name}.png")
+    seen = pixels(tmp_path)[:, 0, 0, 0].float().sort().values
+    wanted = torch.tensor([0, top // 2, top]) / shade * 255
+    assert torch.allclose(seen, wanted.round(), atol=1)
+    assert f"their values 0 to {shade:g} become 0 to 255" in notices(capsys)[0]
 
 
-def durations(path):
-    """How long each frame of a GIF is shown, in milliseconds; it must begin again at its end."""
-    with Image.open(path) as picture:
-        assert picture.info["loop"] == 0
-        return [frame.info["duration"] for frame in ImageSequence.Iterator(picture)]
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_middle_square_is_what_is_read(tmp_path, wide):
+    """Of three squares in a row, or one below the other, and nothing of the others."""
+    bands = np.repeat(np.uint8([RED, GREEN, BLUE]), 12, axis=0)[None].repeat(12, 0)  # (12, 36, 3)
+    Image.fromarray(bands if wide else bands.transpose(1, 0, 2)).save(tmp_path / "a.png")
+    assert (data.read_picture(tmp_path / "a.png", 12).permute(1, 2, 0) == torch.tensor(GREEN)).all()
 
 
-def test_a_film_of_points_moves_and_holds_its_end(tmp_path, monkeypatch):
-    seen = []
-    spied(monkeypatch, plotting, "_draw", lambda given, _: seen.append(
-        (len(given["axis"].collections), given["axis"].get_xlim(), given["axis"].get_ylim())))
-    frames = [torch.full((9, 2), value) for value in (-2.0, 0.0, 2.0)]
-    plotting.film(tmp_path / "a.gif", frames, ["t", "t", "t"], limit=3, hold=5, milliseconds=40)
-    assert seen == [(1, (-3, 3), (-3, 3))] * 3  # of the frame before nothing is left
-    assert durations(tmp_path / "a.gif") == [40, 40, 40 * (1 + 5)]
-    rows, columns = zip(*(np.nonzero(f.max(2) - f.min(2).astype(int) > 60)  # what is not grey
-                          for f in open_picture(tmp_path / "a.gif")), strict=True)
-    places = [(-y.mean(), x.mean()) for y, x in zip(rows, columns, strict=True)]
-    assert np.diff(places, axis=0).min() > 30  # up and to the right
+def test_pictures_shrink_without_aliasing(tmp_path):
+    stripes = np.zeros((64, 128, 3), np.uint8)
+    stripes[:, 32:96:2] = 255  # of one pixel, in the middle square
+    save(Image.fromarray(stripes), tmp_path / "a.png")
+    assert (data.read_picture(tmp_path / "a.png", 8)[:, :, 1:-1].int() - 128).abs().max() < 16
 
 
-def test_a_film_of_series_has_a_caption_each_frame(tmp_path, monkeypatch):
-    seen, titles = [], []
-    monkeypatch.setattr(plotting, "_write_gif", lambda *args: seen.append(args))
-    spied(monkeypatch, Axes, "set_title", lambda given, _: titles.append(
-        (given["label"], len(given["self"].lines))))
-    x = torch.randn(9, 1, 20)
-    plotting.film(tmp_path / "a.gif", [x, x[:3], x], ["t = 1", "t = 0.5", "t = 0"])
-    (path, (first, second, last), hold, milliseconds), = seen
-    assert (path.name, hold, milliseconds) == ("a.gif", 12, 80)
-    assert titles == [("t = 1", 8), ("t = 0.5", 3), ("t = 0", 8)]
-    assert first.size == second.size == last.size and first != second != last
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (1, 1)])
+def test_extreme_sizes(tmp_path, shape):
+    save(plain(RED, shape), tmp_path / "a.png")
+    for size in (1, 3, 32):
+        found = data.read_picture(tmp_path / "a.png", size)
+        assert found.shape == (3, size, size) and (found[0] == 255).all()
 
 
-def test_tile_maps_minus_1_to_black_and_1_to_white():
-    x = torch.stack([torch.full((1, 4, 4), -1.0), torch.full((1, 4, 4), 1.0)])
-    picture = plotting.tile(x, 2, pad=0)
-    assert_close(picture[:, :4], np.zeros((4, 4, 3), np.float32))
-    assert_close(picture[:, 4:], np.ones((4, 4, 3), np.float32))
-    assert plotting.tile(x * 5, 2, pad=0).max() == 1
+# Files that are read, and files that are left out
 
 
-def test_smooth_is_a_running_mean():
-    assert_close(plotting.smooth([1.0, 2.0, 3.0, 4.0], 2), np.array([1.0, 1.5, 2.5, 3.5]))
+def test_every_format_of_pillow_is_read(tmp_path, capsys):
+    for suffix in ("png", "jpg", "jpeg", "bmp", "gif", "webp", "tif", "ppm", "tga", "pcx", "ico"):
+        save(plain(RED, (16, 16)), tmp_path / f"a.{suffix.upper()}")
+    found = load(tmp_path)
+    assert len(found.train) + len(found.test) == 11 and not notices(capsys)
+    assert found.shape == (3, 4, 4) and found.train_labels is None and found.classes == ()
+
+
+def test_what_is_skipped_is_told_in_one_line(tmp_path, capsys):
+    save(plain(RED), tmp_path / "x.png", tmp_path / "y.png")
+    whole = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "a_cut.png").write_bytes(whole[: len(whole) // 2])
+    for name in ("a_text.txt", "b.csv", "c.mp4", "d.png", ".DS_Store", "._x.png"):
+        (tmp_path / name).write_text("no picture")
+    assert len(pixels(tmp_path)) == 2
+    said, = notices(capsys)
+    assert "files skipped, no readable pictures (5)" in said and "a_cut.png, a_text.txt, b.csv, ..." in said
+    assert "d.png" not in said and ".DS_Store" not in said
+
+
+def test_a_name_that_is_no_utf8_is_told(tmp_path, capsys):
+    save(plain(RED), tmp_path / "x.png", tmp_path / "y.png")
+    try:
+        with open(bytes(tmp_path) + b"/caf\xe9.txt", "w") as file:
+            file.write("no picture")
+    except OSError:
+        pytest.skip("macOS and Windows take only names that are Unicode")
+    load(tmp_path)
+    assert "caf?.txt" in notices(capsys)[0]
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])  # a warning of Pillow's, an error
+def test_a_huge_header_is_skipped(tmp_path, side, capsys):
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    save(plain(RED), tmp_path / "x.png", tmp_path / "y.png")
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))  # one bit
+    rows = zlib.compress(bytes((1 + 10_000 // 8) * 10_000), 1)
+    content = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(content)
+    assert len(pixels(tmp_path)) == 2
+    said, = notices(capsys)
+    assert "(1)" in said and "bomb.png" in said
+
+
+@pytest.mark.parametrize("problem", [MemoryError, SyntaxError])
+def test_any_error_of_a_decoder_skips_the_picture(tmp_path, problem, monkeypatch, capsys):
+    save(plain(RED), *(tmp_path / f"{name}.png" for name in "abc"))
+    whole = Image.open
+
+    def opened(file, *args):
+        if str(file).endswith("b.png"):
+            raise problem("broken")
+        return whole(file, *args)
+
+    monkeypatch.setattr(Image, "open", opened)
+    load(tmp_path)
+    assert "b.png" in notices(capsys)[0]
+
+
+@pytest.mark.parametrize("path, words", [
+    ("x" * 300, ["too long"]), ("a\0b", ["null"]), ("nowhere", ["No such"]), ("file.png", ["Not a directory"]),
+    ("~nobody_of_that_name/pictures", ["No such"]), ("empty", ["found 0"]), ("one", ["found 1"])])
+def test_paths_without_pictures(tmp_path, path, words):
+    (tmp_path / "file.png").write_text("x")
+    (tmp_path / "empty").mkdir()
+    save(plain(RED), tmp_path / "one" / "cats" / "a.png")
+    said = refused(data.load_images, f"folder:{path if path[0] == '~' else tmp_path / path}")
+    assert "dataset folder:" in said and all(word in said for word in words)
+
+
+# Classes
+
+
+def test_subfolders_are_classes_and_what_has_no_class_is_told(tmp_path, capsys):
+    save(plain(RED), *(tmp_path / "cats" / f"{i}.png" for i in range(3)), tmp_path / "loose.png",
+         *(tmp_path / name / "a.png" for name in (".git", "__MACOSX", ".ipynb_checkpoints", "cats/.thumbs")))
+    save(plain(BLUE), tmp_path / "emus" / "big" / "old" / "a.png", tmp_path / "emus" / "small" / "a.png")
+    (tmp_path / "dogs").mkdir()
+    (tmp_path / "ants").mkdir()
+    (tmp_path / "ants" / "1.png").write_text("broken")
+    found = load(tmp_path)
+    x, y = torch.cat([found.train, found.test]), torch.cat([found.train_labels, found.test_labels])
+    assert found.classes == ("cats", "emus") and torch.bincount(y).tolist() == [3, 2] and y.dtype == torch.int64
+    assert torch.equal(x[:, 2, 0, 0] > 0, y == 1)  # the blue ones are emus
+    said = notices(capsys)
+    assert len(said) == 3 and "1.png" in said[0]
+    assert "pictures beside the class folders left out (1)" in said[1] and "loose.png" in said[1]
+    assert "class folders without pictures left out (2)" in said[2] and "ants, dogs" in said[2]
+
+
+def test_a_folder_without_pictures_makes_no_classes(tmp_path):
+    save(plain(RED), tmp_path / "a.png", tmp_path / "b.png")
+    (tmp_path / "notes").mkdir()
+    found = load(tmp_path)
+    assert found.classes == () and found.train_labels is None and len(found.train) == len(found.test) == 1
+
+
+def test_links_are_followed_once_and_what_they_repeat_is_named(tmp_path, capsys):
+    for name, colour in (("cats", RED), ("far", GREEN)):
+        save(plain(colour), *(tmp_path / name / f"{i}.png" for i in range(3)))
+    try:
+        (tmp_path / "cats" / "more").symlink_to(tmp_path / "far", target_is_directory=True)
+    except OSError:
+        pytest.skip("Windows makes links for administrators only")
+    (tmp_path / "cats" / "loop").symlink_to(tmp_path / "cats")
+    (tmp_path / "cats" / "lost.png").symlink_to(tmp_path / "gone.png")
+    found = load(tmp_path / "cats")
+    assert len(found.train) + len(found.test) == 3 and found.classes == ("more",)  # those beside it have no class
+    said = notices(capsys)
+    assert any("read already (1): loop" in line for line in said)
+    assert any("no readable pictures (1): lost.png" in line for line in said)
+
+
+def test_classes_called_train_and_test_are_said(tmp_path, capsys):
+    for part in ("train", "test"):
+        save(plain(RED), *(tmp_path / part / name / "a.png" for name in ("cats", "dogs")))
+    assert load(tmp_path).classes == ("test", "train")
+    assert f"name one of these, folder:{tmp_path / 'train'}" in notices(capsys)[0]
+
+
+# What is held out
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 3), (1, 1), (1, 1, 30), (10, 10, 10), (3, 97)])
+def test_each_class_keeps_a_training_picture(tmp_path, sizes):
+    for label, count in enumerate(sizes):
+        save(plain(RED), *(tmp_path / f"class {label}" / f"{i}.png" for i in range(count)))
+    found = load(tmp_path, 1)
+    kept = torch.bincount(found.train_labels, minlength=len(sizes))
+    assert kept.min() >= 1 or sizes == (1, 1)
+    assert 1 <= len(found.test) <= max(1, sum(sizes) // 4)
+    assert (kept + torch.bincount(found.test_labels, minlength=len(sizes))).tolist() == list(sizes)
+    assert torch.equal(found.train_labels, load(tmp_path, 1).train_labels)
+
+
+def test_a_picture_that_is_added_moves_no_other_one(tmp_path):
+    def held_out():
+        found = load(tmp_path, 1)
+        train, test = (set(part[:, 0].flatten().add(1).mul(127.5).round().int().tolist())
+                       for part in (found.train, found.test))
+        assert not train & test and len(train | test) == len(found.train) + len(found.test)
+        return test
+
+    for i in range(100):
+        save(plain((2 * i, 0, 0)), tmp_path / f"{i:03}.png")
+    before = held_out()
+    assert 3 <= len(before) <= 20 and before != set(range(0, 2 * len(before), 2))
+    for i in range(100, 120):
+        save(plain((2 * i, 0, 0)), tmp_path / f"a{i:03}.png")
+    assert held_out() & set(range(0, 200, 2)) == before
+    (tmp_path / "050.png").unlink()
+    assert held_out() & set(range(0, 200, 2)) == before - {100}

@@ -1,270 +1,282 @@
-"""What score_based_diffusion_example.py and its experiments train, draw, measure and refuse."""
+"""What score_based_diffusion_example.py and the experiments around it train, draw, measure and refuse."""
 
-import importlib.util
+import inspect
 import json
 import math
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import score_based_diffusion_example as sb
-from common import quality
+from common import plotting
 from common.cli import Mistake, parse_args
 from common.data import POINTS, load_data
 from common.run import Run
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same_tree, only_run, open_picture, open_run, spied
+from conftest import ROOT, experiment, only_run, open_picture, open_run, spied
 from torch.testing import assert_close
 
+sys.path.append(str(ROOT / "experiments"))
+import controllable  # noqa: E402
+import ncsnpp  # noqa: E402
+import series  # noqa: E402
 
-def load(name):
-    """A script of experiments/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"experiments_{name}", ROOT / f"experiments/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-figures, samplers = load("score_based"), load("samplers")
-PICTURES = ("samples.png", "preview.png", "loss.png", "denoising.gif")
+figures, samplers, sdes = map(experiment, ("score_based", "samplers", "sdes"))
+DIGITS = "--dataset", "digits8", "--attention", "4"
+RUNS = {"images": (sb, *DIGITS), "points": (sb, "--dataset", "two_moons", "--sde", "subvp"),
+        "ncsnpp": (ncsnpp, *DIGITS), "series": (series, "--dataset", "membrane")}
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """What tables, curves and points are drawn from, by the names of their files."""
-    found = {}
-    for name in ("table", "curves", "fields", "film", "denoising", "samples"):
-        spied(monkeypatch, sb.plotting, name, lambda given, _: found.update({given["path"].name: given}))
-    return found
+@pytest.fixture(scope="module")
+def trained(request, finished):
+    """(folder, printed text) of one of the runs above, made before a test watches what is drawn."""
+    page, *flags = RUNS[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("figure_preview", "figure_loss", "figure_denoising"):
+            if page is not sb:  # the figures of the page are drawn for the page
+                patch.setattr(sb, name, lambda *_: None)
+        return finished(page, *flags)
 
 
 # Training
 
 
-def fit(monkeypatch, out, *argv):
-    """What train returns, and what it handed to score_loss at each step."""
-    cfg, run, data = open_run(sb, out, "--preview_every", 100, *argv)
-    found = SimpleNamespace(cfg=cfg, run=run, data=data, losses=[])
-    with monkeypatch.context() as patch:
-        spied(patch, sb, "score_loss", lambda given, _: found.losses.append(SimpleNamespace(**given)))
-        found.model = sb.train(cfg, run, data)
-    return found
+@pytest.mark.slow
+@pytest.mark.parametrize("page, argv, sde", [
+    (sb, ["--dataset", "digits8", "--sde", "ve", "--sigma_min", 0.1, "--sigma_max", 7], sb.VESDE(0.1, 7.0)),
+    (sb, ["--dataset", "digits8", "--no-dequantize", "--weighting", "likelihood"], sb.VPSDE()),
+    (sb, ["--dataset", "two_moons", "--sde", "subvp", "--beta_min", 0.2, "--beta_max", 9], sb.SubVPSDE(0.2, 9.0)),
+    (sb, ["--dataset", "swiss_roll", "--beta", "cosine", "--weighting", "simple"], sb.VPSDE(kind="cosine")),
+    (ncsnpp, [*DIGITS, "--sde", "vp", "--no-fir"], sb.VPSDE())], ids=["ve", "vp", "points", "cosine", "ncsnpp"])
+def test_each_step_hands_the_loss_what_the_config_says(page, argv, sde, tmp_path, monkeypatch):
+    """A batch, spread over its bins if asked to, times and noise of its own; the SDE; sigma_data."""
+    batches, times, losses = [], [], []
+    spied(monkeypatch, Run, "batch", lambda given, out: batches.append((given["x"], out[0])))
+    spied(monkeypatch, sb, "draw_times", lambda given, out: times.append((given["n"], given["weighting"], *out)))
+    spied(monkeypatch, sb, "score_loss", lambda given, _: losses.append(SimpleNamespace(**given)))
+    cfg, run, data = open_run(page, tmp_path, "--batch_size", 24, "--preview_every", 100, *argv)
+    returned = sb.train(cfg, run, data, None if page is sb else page.make_network(cfg, data.shape))
+    assert len(losses) == len(batches) == 6
+    for loss, (source, x0), (n, weighting, t, density) in zip(losses, batches, times, strict=True):
+        assert source is data.train and (n, weighting) == (24, cfg.weighting) and loss.weighting == weighting
+        assert torch.equal(loss.t, t) and torch.equal(loss.density, density)
+        assert type(loss.sde) is type(sde) and vars(loss.sde) == vars(sde)
+        assert loss.model.sigma_data == data.train.std() and abs(loss.model.sigma_data - 0.5) > 0.05
+        if x0.ndim == 4 and cfg.dequantize:
+            place = (loss.x0 + 1) * 128 - (x0 + 1) * 127.5
+            assert place.min() > -1e-3 and place.max() < 1.001
+            assert abs(place.mean() - 0.5) < 0.05 and abs(place.std() - 12**-0.5) < 0.05
+        else:
+            assert torch.equal(loss.x0, x0)
+    noise = torch.cat([loss.eps.flatten(1) for loss in losses])
+    assert len(noise.unique(dim=0)) == 6 * 24 and abs(noise.std() - 1) < 0.25
+
+    _, again, _ = open_run(page, tmp_path / "again", "--sample", run.folder)
+    torch.manual_seed(1)  # VE's random frequencies are those of the checkpoint
+    kept = again.trained(page.make_network(cfg, data.shape))
+    x, t = torch.randn(3, *data.shape), torch.tensor([0.5, 3.0, 900.0])
+    assert not returned.training and kept.sigma_data == data.train.std()
+    assert returned(x, t).abs().max() > 0 and torch.equal(kept(x, t), returned(x, t))
 
 
-def rows_of(x, data):
-    """How many of x are, nearly to the last bit, among the examples of data."""
-    distance = torch.cdist(x.flatten(1), data.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-    return (distance.min(1).values < 1e-4).sum().item()
+# Main, of the page and of the experiments that draw as it does
+
+
+OF_PAGE = {"samples.png", "preview.png", "loss.png", "denoising.gif"}
 
 
 @pytest.mark.slow
-def test_training_spreads_the_pixels_of_the_training_part_over_their_bins(tmp_path, monkeypatch):
-    """Every x_0 that the loss sees is a training picture, each value somewhere in its bin."""
-    found = fit(monkeypatch, tmp_path, "--batch_size", 24)
-    x0 = torch.cat([call.x0 for call in found.losses])
-    assert x0.shape == (6 * 24, 1, 28, 28)
-    bins = (x0 + 1) * 128
-    place = bins - bins.floor()
-    assert place.std().item() == pytest.approx(12**-0.5, rel=0.02)
-    assert place.mean().item() == pytest.approx(0.5, abs=0.01)
-    pictures = (bins.floor() / 127.5 - 1).clamp(-1, 1)
-    assert rows_of(pictures, found.data.train) >= 0.99 * len(x0)
-    assert rows_of(pictures, found.data.test) < 0.01 * len(x0)
-
-
-@pytest.mark.parametrize("argv", [["--dataset", "digits", "--no-dequantize"],
-                                  ["--dataset", "two_moons"]], ids=" ".join)
-def test_training_leaves_points_alone_and_pixels_when_asked_to(argv, tmp_path, monkeypatch):
-    found = fit(monkeypatch, tmp_path, *argv)
-    x0 = torch.cat([call.x0 for call in found.losses])
-    assert rows_of(x0, found.data.train) == len(x0) and rows_of(x0, found.data.test) < len(x0)
-
-
-@pytest.mark.parametrize("weighting", ["simple", "likelihood", "logit_normal"])
-def test_each_step_draws_its_times_and_its_noise_by_the_weighting(weighting, tmp_path, monkeypatch):
-    drawings = []
-    spied(monkeypatch, sb, "draw_times", lambda given, out: drawings.append((given, out)))
-    found = fit(monkeypatch, tmp_path, "--dataset", "gaussians", "--weighting", weighting, "--batch_size", 12)
-    assert [(given["n"], given["weighting"]) for given, _ in drawings] == [(12, weighting)] * 6
-    for call, (_, (t, density)) in zip(found.losses, drawings, strict=True):
-        assert torch.equal(call.t, t) and torch.equal(call.density, density)
-        assert call.weighting == weighting and call.eps.shape == call.x0.shape == (12, 2)
-    noises = torch.cat([call.eps for call in found.losses]).unique(dim=0)
-    assert len(noises) == 72 and abs(noises.std() - 1) < 0.2
-
-
-@pytest.mark.parametrize("sde", ["ve", "vp", "subvp"])
-def test_training_is_of_the_sde_that_the_config_describes(sde, tmp_path, monkeypatch):
-    found = fit(monkeypatch, tmp_path, "--dataset", "swiss_roll", "--sde", sde, "--sigma_max", 7,
-                "--beta_max", 9, "--steps", 1)
-    used = found.losses[0].sde
-    assert type(used) is {"ve": sb.VESDE, "vp": sb.VPSDE, "subvp": sb.SubVPSDE}[sde]
-    assert used.sigma_max == 7 if sde == "ve" else (used.beta_max, used.kind) == (9, "linear")
-
-
-@pytest.mark.parametrize("dataset", ["digits8", "swiss_roll"])
-def test_sigma_data_is_that_of_the_training_part_and_is_kept(dataset, tmp_path, monkeypatch):
-    """In the network that is trained, in the average, in the checkpoint and in what it gives back."""
-    found = fit(monkeypatch, tmp_path, "--dataset", dataset, "--sde", "ve")
-    std = found.data.train.std()
-    assert abs(std - 0.5) > 0.05  # not what a network starts with
-    assert all(torch.equal(call.model.sigma_data, std) for call in found.losses)
-    state = torch.load(found.run.path("checkpoint.pt"), weights_only=True)
-    assert torch.equal(state["ema"]["sigma_data"], std) and torch.equal(state["model"]["sigma_data"], std)
-    cfg, run, data = open_run(sb, tmp_path / "again", "--sample", found.run.folder)
-    model = run.trained(sb.make_network(cfg, data.shape))
-    assert_close(dict(model.state_dict()), dict(found.model.state_dict()), rtol=0, atol=0)
-
-
-@pytest.mark.slow
-def test_a_stopped_run_of_points_resumes_to_the_last_bit(tmp_path):
-    """With the random frequencies that VE's network was made with."""
-    flags = ("--dataset", "swiss_roll", "--sde", "ve")
-    cfg, whole, data = open_run(sb, tmp_path / "a", *flags)
-    sb.train(cfg, whole, data)
-    cfg, half, data = open_run(sb, tmp_path / "b", *flags)
-    log = half.log
-
-    def stop(**values):  # as by Ctrl-C in the third step
-        log(**values)
-        half.stopped = half.step == 2
-
-    half.log = stop
-    sb.train(cfg, half, data)
-    states = {name: torch.load(run.path("checkpoint.pt"), weights_only=True)
-              for name, run in (("whole", whole), ("half", half))}
-    assert (states["whole"]["step"], states["half"]["step"]) == (6, 3)
-    argv = ["--preset", "smoke", "--device", "cpu", "--resume", str(half.folder)]
-    cfg, again = sb.open_run("score_based", sb.Config, sb.PRESETS, sb.SAMPLING, argv)
-    sb.train(cfg, again, again.load(load_data, cfg.dataset))
-    assert_same_tree(torch.load(half.path("checkpoint.pt"), weights_only=True), states["whole"])
-    assert half.path("log.csv").read_text() == whole.path("log.csv").read_text()
-
-
-# The page's main
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("argv, more", [
-    (["--dataset", "digits8", "--sde", "ve"], ["samplers.png"]),
-    (["--dataset", "two_moons", "--sde", "subvp"], ["scores.png"])], ids=["images", "points"])
-def test_a_run_trains_and_writes_every_file(argv, more, tmp_path, capsys):
-    sb.main(["--preset", "smoke", "--device", "cpu", "--out", str(tmp_path), *argv])
-    folder = only_run(tmp_path, "score_based")
-    assert {file.name for file in folder.iterdir()} == {
-        "config.json", "log.csv", "metrics.json", "checkpoint.pt", *PICTURES, *more}
-    for name in (*PICTURES, *more):
+@pytest.mark.parametrize("trained, pictures", [
+    ("images", OF_PAGE | {"samplers.png"}), ("points", OF_PAGE | {"scores.png"}), ("ncsnpp", {"samples.png"}),
+    ("series", {"samples.png", "series.png", "forecast.png"})], indirect=["trained"])
+def test_a_run_writes_every_file(trained, pictures):
+    folder, said = trained
+    others = {file.name for file in folder.iterdir()} - pictures - {"samples.csv"}
+    assert others == {"config.json", "log.csv", "metrics.json", "checkpoint.pt"}
+    for name in pictures:
         open_picture(folder / name)
-    last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.endswith(f"more: python experiments/score_based.py --sample {folder}")
     found = json.loads((folder / "metrics.json").read_text())
-    assert found["sampling"]["sampler"] == "pc" and found["sampling"]["n"] == (4 if "ve" in argv else 400)
-    assert ("nats" in found) == ("two_moons" in argv)
+    assert found["sampling"]["sampler"] == found["config"]["sampler"] and str(folder) in said.splitlines()[-1]
+    assert found["nats" if "scores.png" in pictures else "samples"]["n"] > 1
 
 
-class Enough(Exception):
-    """All that a test wants to see of main has happened."""
+# The fields of SAMPLING but clip_x0 and likelihood, with values that are nowhere the default
+SET = {"sampler": "rk4", "N": 7, "predictor": "flow", "corrector_steps": 2, "snr": 0.37, "tolerance": 0.07,
+       "denoise": False, "std_floor": 0.3, "n_samples": 5}
+# (data, script, does clip_x0 hold): how many main draws, and to which functions it hands the draws or the network
+MAINS = {("images", sb, True): (5, ["figure_loss", "figure_denoising", "figure_samplers", "measure_likelihood"]),
+         ("points", sb, False): (500, ["figure_loss", "figure_denoising", "figure_scores", "measure_likelihood"]),
+         ("ncsnpp", ncsnpp, True): (5, ["figure_loss", "figure_denoising", "measure_likelihood"]),
+         ("series", series, False): (5, ["figure_loss", "figure_denoising", "figure_series", "figure_forecast"]),
+         ("images", figures, True): (12, ["figure_guardrails", "figure_codes"]),
+         ("points", figures, False): (10_000, ["figure_density", "measure_points"])}
+MAINS |= {(data, page, False): found for (data, page, clips), found in MAINS.items() if clips}
 
 
-def draw_of(monkeypatch, folder, out, *argv):
-    """(the Config, score and xT that main gives to a sampler, the network, n, N, batch size)."""
-    seen = SimpleNamespace()
+@pytest.mark.slow
+@pytest.mark.parametrize("trained, page, clips", MAINS, indirect=["trained"],
+                         ids=lambda value: getattr(value, "__name__", str(value)))
+def test_every_sampling_flag_reaches_the_sampler_and_figures_get_what_was_drawn(
+        trained, page, clips, request, tmp_path, monkeypatch, drawings):
+    """By the average of the weights, from the prior of the SDE; points and series are never clamped."""
+    folder, data = trained[0], request.node.callspec.params["trained"]
+    n, names = MAINS[data, page, clips]
+    seen, handed, scores, processes = {}, {}, [], []
+    for owner, name in ((owner, name) for owner in {sb, page} for name in names if hasattr(owner, name)):
+        order = inspect.signature(getattr(owner, name))
+        monkeypatch.setattr(owner, name, lambda *args, name=name, order=order: handed.update(
+            {name: order.bind(*args).arguments}))
 
-    def draw(run, n, states, network, steps, batch_size):
-        seen.network, seen.n, seen.steps, seen.batch_size = network, n, steps, batch_size
-        seen.states = states
-        raise Enough
+    def draw(run, n, states, network, steps, batch_size=100):
+        states(range(3))
+        seen.update(run=run, n=n, network=network, steps=steps,
+                    samples=torch.rand(3, *processes[0]["xT"].shape[1:]))
+        return seen["samples"], {"n": n}
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "draw", draw)
-        spied(patch, sb, "score_fn", lambda given, _: setattr(seen, "made", given))
-        with pytest.raises(Enough):
-            sb.main(["--out", str(out), "--device", "cpu", "--sample", str(folder), *map(str, argv)])
-        spied(patch, sb, "sampling_process", lambda given, _: vars(seen).update(given))
-        seen.states(range(3))
-    return seen
-
-
-@pytest.mark.parametrize("name", ["digits8", "gaussians"])
-def test_main_draws_by_the_average_with_the_sampling_flags(name, run_of, tmp_path, monkeypatch):
-    """Every flag of SAMPLING reaches the sampler or the score; points are never clamped."""
-    state, images = torch.load(run_of[name] / "checkpoint.pt", weights_only=True), name == "digits8"
-    flags = ["--sampler", "rk4", "--N", 7, "--predictor", "flow", "--corrector_steps", 2, "--snr", 0.37,
-             "--tolerance", 0.07, "--no-denoise", "--std_floor", 0.3, "--n_samples", 5]
-    found = draw_of(monkeypatch, run_of[name], tmp_path, *flags)
-    cfg = found.cfg
-    assert (cfg.sampler, cfg.N, cfg.predictor, cfg.corrector_steps, cfg.snr, cfg.tolerance, cfg.denoise) == (
-        "rk4", 7, "flow", 2, 0.37, 0.07, False)
-    assert (found.n, found.steps) == ((5 if images else 500), 7)
-    assert found.made["std_floor"] == 0.3 and found.made["clip_x0"] == images
-    assert found.made["model"] is found.network and not found.network.training
-    assert_close(dict(found.network.state_dict()), dict(state["ema"]), rtol=0, atol=0)
-    assert any(not torch.equal(state["ema"][k], state["model"][k]) for k in state["ema"])
-    assert found.xT.shape == (3, *((1, 8, 8) if images else (2,)))
-    if images:
-        assert not draw_of(monkeypatch, run_of[name], tmp_path, "--no-clip_x0").made["clip_x0"]
-
-
-def test_sampling_starts_from_the_prior_of_the_sde(run_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "draw", draw)
+    monkeypatch.setattr(figures, "figure_paths", lambda run, sde: None)  # the same for every run
     monkeypatch.setattr(sb.SDE, "prior_sampling", lambda self, shape, device: torch.full(shape, 9.0))
-    found = draw_of(monkeypatch, run_of["digits8"], tmp_path)
-    assert_close(found.xT, torch.full((3, 1, 8, 8), 9.0))
+    spied(monkeypatch, sb, "score_fn", lambda given, out: scores.append((given, out)))
+    spied(monkeypatch, sb, "sampling_process", lambda given, _: processes.append(given))
+    assert {*SET, "clip_x0", "likelihood"} == set(sb.SAMPLING)
+    flags = [f"--{name}={value}" for name, value in SET.items() if name != "denoise"] + ["--no-denoise"]
+    if data in ("images", "ncsnpp") and not clips:
+        flags.append("--no-clip_x0")
+    page.main(["--device", "cpu", "--out", str(tmp_path), "--sample", str(folder), *flags])
+
+    (given, score), = scores
+    assert given["model"] is seen["network"] and (given["std_floor"], given["clip_x0"]) == (0.3, clips)
+    average = torch.load(folder / "checkpoint.pt", weights_only=True)["ema"]
+    assert not seen["network"].training and seen["n"] == n and seen["steps"] == 7
+    assert_close(dict(seen["network"].state_dict()), dict(average), rtol=0, atol=0)
+    for process in processes:
+        assert process["score"] is score and len(process["xT"]) in (3, 6, 9) and (process["xT"] == 9).all()
+        assert {name: getattr(process["cfg"], name) for name in SET} == SET
+    pictures = [drawings[file] for file in ("samples.png", "neighbours.png") if file in drawings]
+    assert set(handed) == set(names) and len(pictures) == (names[0] != "figure_density")
+    load = series.load_series if page is series else load_data
+    held_out = load(seen["run"].cfg.dataset).test
+    wanted = {"score": score, "model": seen["network"], "samples": seen["samples"], "drawn": seen["samples"],
+              "cfg": processes[0]["cfg"]}
+    for arguments in (*handed.values(), *pictures):
+        assert all(arguments[name] is value for name, value in wanted.items() if name in arguments)
+        if "data" in arguments:
+            assert_close(arguments["data"].test, held_out)
 
 
-@pytest.mark.parametrize("name", ["vp", "subvp"])
-def test_figure_samplers_has_a_row_for_every_sampler_of_the_sde(name, tmp_path, drawn):
-    """Each named with its network calls, about as many as N; all from one noise."""
-    cfg, run, data = open_run(sb, tmp_path, "--dataset", "digits8", "--sde", name, "--N", 8)
-    sde, model = sb.make_sde(cfg), sb.make_network(cfg, data.shape)
-    xT = sde.prior_sampling((10, *data.shape))
-    sb.figure_samplers(run, cfg, model, sb.score_fn(model, sde), sde, xT)
-    rows, labels = drawn["samplers.png"]["rows"], drawn["samplers.png"]["row_labels"]
-    calls = {label.split("\n")[0]: int(label.split("\n")[1].split()[0]) for label in labels}
-    assert list(calls) == [each for each in sb.make_methods(cfg, sde) if each != "ODE, RK4"]
-    calls.pop("ODE, RK45")
-    assert calls.pop("corrector alone") == 9  # and Tweedie
-    assert calls == dict.fromkeys(calls, 8)
-    assert ("ancestral" in calls) == (name != "subvp")
-    assert all(row.shape == (10, 1, 8, 8) for row in rows) and len(rows) == len(labels)
+# Figures of the page
 
 
-def test_the_film_is_divided_by_the_size_of_x_t(tmp_path, drawn):
-    """VE's noise of 100 fits the page; x_0 of small noise is left as it is."""
+def tags(monkeypatch, methods):
+    """Each sampler draws its number in place of pictures, after as many calls of the score: 1, 2, ..."""
+    starts = []
+
+    def process(cfg, score, sde, xT):
+        starts.append(xT)
+        number = list(methods).index(cfg) + 1
+        for _ in range(number):
+            score(xT, torch.ones(len(xT)))
+        yield 0.0, torch.full_like(xT, number)
+
+    monkeypatch.setattr(sb, "sampling_process", process)
+    return starts
+
+
+def test_each_sampler_has_its_own_row_with_its_network_calls(tmp_path, monkeypatch, drawings):
+    cfg, run, data = open_run(sb, tmp_path, "--dataset", "digits8", "--N", 8)
+    sde, model, xT = sb.make_sde(cfg), torch.nn.Identity(), torch.randn(10, *data.shape)
+    methods = sb.make_methods(cfg, sde, 8)
+    starts = tags(monkeypatch, methods.values())
+    sb.figure_samplers(run, cfg, model, lambda x, t: model(x), sde, xT)
+    rows, labels = drawings["samplers.png"]["rows"], drawings["samplers.png"]["row_labels"]
+    names = list(methods)
+    assert [label.split("\n")[0] for label in labels] == [name for name in names if name != "ODE, RK4"]
+    for row, label in zip(rows, labels, strict=True):
+        number = names.index(label.split("\n")[0]) + 1
+        assert row.shape == xT.shape and (row == number).all() and label.endswith(f"\n{number} calls")
+    assert all(start is xT for start in starts)
+
+
+def test_the_film_is_divided_by_the_size_of_x_t(tmp_path, drawings):
+    """VE's noise of 100 fits the page; x_0 of small noise is left as it is. First the noise."""
     cfg, run, _ = open_run(sb, tmp_path, "--dataset", "gaussians", "--sde", "ve")
-    sde = sb.make_sde(cfg)
-    states = [(1.0, 100 * torch.ones(5, 2)), (0.0, 0.5 * torch.ones(5, 2))]
-    sb.figure_denoising(run, sde, iter(states))
-    first, last = drawn["denoising.gif"]["frames"]
+    states = [(1.0, 100 * torch.ones(5, 2)), (0.5, torch.ones(5, 2)), (0.0, 0.5 * torch.ones(5, 2))]
+    sb.figure_denoising(run, sb.make_sde(cfg), iter(states))
+    film = drawings["denoising.gif"]
+    first, _, last = film["frames"]
     assert_close(first, torch.ones(5, 2), rtol=1e-3, atol=0)
     assert_close(last, 0.5 * torch.ones(5, 2), rtol=1e-3, atol=0)
+    assert film["captions"] == ["t = 1.00", "t = 0.50", "t = 0.00"]
+    sb.figure_denoising(run, sb.make_sde(cfg), iter([(t, x.view(5, 1, 2, 1)) for t, x in states]))
+    assert [t for t, _ in drawings["denoising.gif"]["states"]] == [1.0, 0.5, 0.0]
+    assert_close(drawings["denoising.gif"]["states"][0][1], first.view(5, 1, 2, 1))
 
 
 @pytest.mark.parametrize("dataset", ["digits8", "gaussians"])
-def test_previews_are_the_best_guess_of_one_call(dataset, tmp_path, monkeypatch):
+def test_previews_are_the_best_guess_of_one_call(dataset, tmp_path, drawings):
     cfg, run, data = open_run(sb, tmp_path, "--dataset", dataset)
-    parts = []
-    for name in ("table", "panels"):
-        monkeypatch.setattr(sb.plotting, name, lambda *given: parts.append(given))
     sde = sb.VPSDE()
     sb.figure_preview(run, lambda x, t: 0 * x, sde, data, 7)
-    path, rows, *_ = parts[0]
-    rows = [row[1] if dataset == "gaussians" else row for row in rows]
+    found = drawings["preview.png"]
+    parts = found["parts"] if dataset == "gaussians" else zip(found["row_labels"], found["rows"], strict=True)
+    (name, x0), *parts = parts
+    assert name == "held out" and torch.equal(x0, data.test[:len(x0)]) and "step 7" in found["title"]
+    noises = []
     for i, t in enumerate((0.1, 0.3, 0.5, 0.7)):
-        xt, x0_hat = rows[1 + 2 * i], rows[2 + 2 * i]
-        assert_close(x0_hat, xt / sde.m(torch.tensor(t)))  # a score of 0
-    assert path == run.path("preview.png")
+        (noisy, xt), (guess, x0_hat) = parts[2 * i:2 * i + 2]
+        m, std = sde.m(torch.tensor(t)), sde.std(torch.tensor(t))
+        assert (noisy, guess) == (f"x_t, t = {t}", "x0_hat")
+        assert_close(x0_hat, xt / m)  # a score of 0
+        noises.append((xt - m * x0) / std)
+        assert_close(noises[-1], noises[0], rtol=0, atol=1e-3)
+    assert abs(noises[0].std() - 1) < 0.2 and len(parts) == 8
+
+
+def test_the_loss_is_shown_by_step_and_by_t_of_held_out_examples(tmp_path, monkeypatch, drawings):
+    cfg, run, data = open_run(sb, tmp_path, "--dataset", "gaussians")
+    monkeypatch.setattr(run, "read_log", lambda: {"step": [1, 2], "loss": [3.0, 2.0]})
+    held_out = []
+    monkeypatch.setattr(sb, "score_loss", lambda model, sde, x0, t, eps: held_out.append((model, x0)) or t.mean())
+    sb.figure_loss(run, "model", sb.VPSDE(), data)
+    by_step, by_t = drawings["loss.png"]["parts"]
+    assert list(by_step["lines"]["each step"][1]) == [3.0, 2.0]
+    middles, losses, _ = by_t["bars"]
+    assert middles == pytest.approx([0.05 + i / 10 for i in range(10)])
+    assert losses == pytest.approx(middles, abs=0.02)
+    assert all(model == "model" and torch.equal(x0, data.test[:200]) for model, x0 in held_out)
+
+
+def test_arrows_are_the_score_at_their_place_and_time_over_the_noisy_data(tmp_path, drawings):
+    cfg, run, data = open_run(sb, tmp_path, "--dataset", "two_moons")
+    sde = sb.VPSDE()
+    sb.figure_scores(run, lambda x, t: torch.stack([4 * t, t * x[:, 1]], 1), sde, data)
+    parts, levels = drawings["scores.png"]["parts"], (0.05, 0.2, 0.5, 0.9)
+    for (caption, points, where, arrows), level in zip(parts, levels, strict=True):
+        t = torch.tensor(float(caption.removeprefix("t = ")))
+        assert sde.std(t) / sde.m(t) == pytest.approx(level, abs=0.02)
+        wanted = torch.stack([4 * t.expand(len(where)), t * where[:, 1]], 1)
+        lengths = arrows.norm(dim=1, keepdim=True)
+        assert_close(arrows * lengths, wanted, rtol=0.1, atol=0.1)  # t of the caption is rounded
+        noise = (points - sde.m(t) * data.test[:1500]) / sde.std(t)
+        assert noise.std(0).sub(1).abs().max() < 0.3
+
+
+# Likelihoods
 
 
 @pytest.mark.parametrize("dataset, function, key", [
     ("digits", "bits_per_dim", "bits_per_dim"), ("gaussians", "log_likelihood", "nats")])
 def test_likelihoods_are_of_held_out_examples_and_of_a_score_that_is_not_clamped(
-        dataset, function, key, tmp_path, monkeypatch):
+        dataset, function, key, tmp_path, monkeypatch, capsys):
     asked, made = [], []
     monkeypatch.setattr(sb, function, lambda score, sde, x, tolerance: (
         asked.append((x, tolerance)) or torch.arange(len(x)) + 2.0))
     spied(monkeypatch, sb, "score_fn", lambda given, _: made.append(given))
-    for argv, n in ([], 2), (["--likelihood", "3", "--tolerance", "0.3"], 3), (["--likelihood", "0"], 0):
+    cases = [([], 2), (["--likelihood", 3, "--tolerance", 0.3, "--std_floor", 0.2], 3), (["--likelihood", 0], 0)]
+    for argv, n in cases + [(["--evaluate", 10], 500)] * (dataset == "digits"):
         asked.clear()
         cfg, run, data = open_run(sb, tmp_path, "--dataset", dataset, *argv)
         model = sb.make_network(cfg, data.shape)
@@ -272,134 +284,149 @@ def test_likelihoods_are_of_held_out_examples_and_of_a_score_that_is_not_clamped
         if not n:
             assert not asked and key not in run.read_metrics()
             continue
-        found, values = run.read_metrics()[key], torch.arange(n) + 2.0
+        found = run.read_metrics()[key]
         assert torch.equal(torch.cat([x for x, _ in asked]), data.test[:n]) and found["n"] == n
         assert {tolerance for _, tolerance in asked} == {cfg.tolerance}
-        assert made[-1]["model"] is model and not made[-1]["clip_x0"]
+        assert made[-1]["model"] is model and not made[-1]["clip_x0"] and made[-1]["std_floor"] == cfg.std_floor
+        values = torch.cat([torch.arange(len(x)) + 2.0 for x, _ in asked])
         assert found["mean"] == pytest.approx(values.mean().item())
         assert found["standard_error"] == pytest.approx(values.std().item() / n**0.5)
 
-
-def test_with_evaluate_all_held_out_images_have_their_likelihood(tmp_path, monkeypatch):
-    monkeypatch.setattr(sb, "bits_per_dim", lambda score, sde, x, tolerance: torch.ones(len(x)))
-    cfg, run, data = open_run(sb, tmp_path, "--evaluate", "10")
-    sb.measure_likelihood(run, cfg, sb.make_network(cfg, data.shape), sb.make_sde(cfg), data)
-    assert run.read_metrics()["bits_per_dim"]["n"] == 500
-
-
-def test_a_solver_that_fails_costs_the_likelihood_alone(tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise FloatingPointError("stopped at t = 0.5")
 
-    monkeypatch.setattr(sb, "bits_per_dim", fail)
-    cfg, run, data = open_run(sb, tmp_path)
-    sb.measure_likelihood(run, cfg, sb.make_network(cfg, data.shape), sb.make_sde(cfg), data)
-    assert "no bits/dim: stopped at t = 0.5" in capsys.readouterr().out
+    monkeypatch.setattr(sb, function, fail)  # it costs the likelihood alone
+    cfg, run, data = open_run(sb, tmp_path, "--dataset", dataset)
+    sb.measure_likelihood(run, cfg, model, sb.make_sde(cfg), data)
+    assert "stopped at t = 0.5" in capsys.readouterr().out and key not in run.read_metrics()
 
 
-def test_points_take_the_preset_of_their_name():
-    for name in POINTS:
-        assert parse_args(sb.Config, sb.PRESETS, ["--dataset", name])[0] == sb.PRESETS[name]
-        assert sb.PRESETS[name].dataset == name and not sb.PRESETS[name].dequantize
-        cfg, _ = parse_args(sb.Config, sb.PRESETS, ["--dataset", name, "--preset", "smoke"])
-        assert cfg == replace(sb.PRESETS["smoke"], dataset=name)
+# What is refused, and what a data set presets
 
 
-BAD = [
-    (["--sigma_min", "100", "--sde", "ve"], "--sigma_min 100.0: must be below --sigma_max 100.0"),
-    (["--beta_min", "30"], "--beta_min 30.0: must be below"),
-    (["--sde", "subvp", "--sampler", "ancestral"], "--sampler ancestral: must be em, reverse, pc"),
-    (["--sde", "subvp", "--predictor", "ancestral"], "--predictor ancestral: must be reverse, flow or none"),
-    (["--predictor", "none", "--corrector_steps", "0"], "--corrector_steps 0: must be at least 1"),
-    (["--dataset", "digits8", "--likelihood", "5"], "--likelihood 5: --dataset digits8"),
-    (["--image_size", "30"], "--image_size 30: must be a multiple of 4"),
-    (["--dataset", "swiss_roll", "--evaluate"], "--evaluate 500: --dataset swiss_roll has no labels"),
-    (["--dataset", "swissroll"], "--dataset swissroll: must be one of"),
-    (["--tolerance", "1"], "--tolerance 1.0: must be in (0, 1)"),
-    (["--dataset", "swiss_roll", "--flip"], "--flip needs images: --dataset swiss_roll has none"),
-]
+@pytest.mark.parametrize("name, page, preset", [
+    ("two_moons", sb, "two_moons"), ("membrane", series, "membrane"), ("csv:/a/b.csv", series, "csv")])
+def test_points_and_series_take_the_preset_of_their_name(name, page, preset):
+    cfg, _ = parse_args(page.Config, page.PRESETS, ["--dataset", name])
+    assert cfg == replace(page.PRESETS[preset], dataset=name) and not cfg.dequantize and cfg != sb.Config()
 
 
-@pytest.mark.parametrize("argv, message", BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
-def test_bad_input_ends_with_one_line(argv, message, tmp_path, capsys):
+@pytest.mark.parametrize("page, argv, message", [
+    (sb, "--sigma_min 100 --sde ve", "--sigma_min 100.0: must be below --sigma_max 100.0"),
+    (sb, "--beta_min 30", "--beta_min 30.0: must be below"),
+    (sb, "--sde subvp --sampler ancestral", "--sampler ancestral: must be em, reverse, pc"),
+    (sb, "--sde subvp --predictor ancestral", "--predictor ancestral: must be reverse, flow or none"),
+    (sb, "--predictor none --corrector_steps 0", "--corrector_steps 0: must be at least 1"),
+    (sb, "--dataset digits8 --likelihood 5", "--likelihood 5: --dataset digits8"),
+    (sb, "--dataset swiss_roll --evaluate", "--evaluate 500: --dataset swiss_roll has no labels"),
+    (sb, "--dataset swiss_roll --flip", "--flip needs images: --dataset swiss_roll has none"),
+    (sb, "--dataset digits8 --hidden 8", "--hidden needs points: --dataset digits8 has none"),
+    (ncsnpp, "--sde subvp --sampler ancestral", "--sampler ancestral: must be em, reverse, pc"),
+    (series, "--sde subvp --sampler ancestral", "--sampler ancestral: must be em, reverse, pc"),
+    (series, "--forecast 128", "--forecast 128: must be below 128"),
+    (series, "--mults 1 2", "--mults: is for pictures"),
+    (series, "--predictor none --inpaint_corrector 0", "--inpaint_corrector 0: must be at least 1 with"),
+    (controllable, "--predictor none --inpaint_corrector 0", "--inpaint_corrector 0: must be at least 1 with"),
+    (controllable, "--predictor none --corrector_steps 0", "--corrector_steps 0: must be at least 1"),
+    (controllable, "--classes eleven", "--classes eleven: must be one of 0, 1, 2"),
+    (controllable, "--mask none.png", "--mask none.png: cannot be read"),
+    (controllable, "--resume", "--resume: this script trains nothing")],
+    ids=lambda value: value if isinstance(value, str) else value.__name__)
+def test_bad_input_ends_with_one_line(page, argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    preset = [] if page is controllable else ["--preset", "smoke"]  # it takes the shipped model
     with pytest.raises(SystemExit) as stop:
-        sb.main(["--preset", "smoke", "--out", str(tmp_path / "out"), *argv])
-    captured = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(captured) == 1
-    assert captured[0].startswith("error: ") and message in captured[0]
+        page.main([*preset, "--out", str(tmp_path / "out"), *argv.split()])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(said) == 1 and message in said[0]
     assert not (tmp_path / "out").exists()
-
-
-def test_only_pc_needs_a_corrector_where_it_has_no_predictor(tmp_path):
-    cfg, run, data = open_run(sb, tmp_path, "--predictor", "none", "--corrector_steps", 0, "--sampler", "em")
-    sb.check_settings(run, cfg, sb.make_sde(cfg), data)
 
 
 # experiments/score_based.py
 
 
-@pytest.mark.slow
-def test_the_experiment_draws_images(run_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "figure_paths", lambda run, sde: None)  # the same for every run
-    figures.main(["--device", "cpu", "--out", str(tmp_path), "--sample", str(run_of["digits8"]),
-                  "--tolerance", "0.1"])
-    folder = only_run(tmp_path, "score_based")
-    pictures = ("sdes.png", "codes.png", "guardrails.png", "neighbours.png")
-    assert {file.name for file in folder.iterdir()} == {"config.json", "metrics.json", *pictures}
-    for name in pictures:
-        open_picture(folder / name)
-    assert json.loads((folder / "metrics.json").read_text())["code_error"] > 0
-
-
-def test_codes_are_decoded_to_what_they_encode(tmp_path, drawn):
+def test_codes_are_decoded_to_what_they_encode(tmp_path, drawings):
     """Through codes and back, from the first to the second, and from one noise at three temperatures."""
-    cfg, run, data = open_run(sb, tmp_path, "--dataset", "digits8", "--tolerance", 1e-4)
+    cfg, run, data = open_run(sb, tmp_path, "--dataset", "digits8", "--tolerance", 1e-3)
     sde = sb.VPSDE()
 
     def score(x, t):  # that of N(0, 0.25)
         return -x / (0.25 * sde.m(t) ** 2 + sde.std(t) ** 2).view(-1, 1, 1, 1)
 
     figures.figure_codes(run, cfg, score, sde, data)
-    x, back, walk, cold, cool, warm = drawn["codes.png"]["rows"]
+    x, back, walk, cold, cool, warm = drawings["codes.png"]["rows"]
+    assert drawings["codes.png"]["row_labels"] == ["held out", "encoded, decoded", "first to second", *(
+        f"temperature {value}" for value in (0.7, 0.9, 1.0))]
     assert torch.equal(x, data.test[:8])
-    assert_close(back, x, rtol=0, atol=0.01)
+    assert_close(back, x, rtol=0, atol=0.02)
+    assert (back - x).abs().max() > 0
     assert run.read_metrics()["code_error"] == pytest.approx((back - x).square().mean().sqrt().item())
     for i, j in ((0, 0), (7, 1)):
-        assert_close(walk[i], x[j], rtol=0, atol=0.01)
+        assert_close(walk[i], x[j], rtol=0, atol=0.02)
     assert 0.3 < warm.std() < 0.7  # data of std 0.5
-    assert_close(cold, 0.7 * warm, rtol=0, atol=0.01)
-    assert_close(cool, 0.9 * warm, rtol=0, atol=0.01)
+    assert_close(cold, 0.7 * warm, rtol=0, atol=0.02)
+    assert_close(cool, 0.9 * warm, rtol=0, atol=0.02)
+
+
+def test_guardrails_differ_in_one_switch_and_not_in_their_noise(tmp_path, monkeypatch, drawings):
+    cfg, run, data = open_run(sb, tmp_path, "--dataset", "digits8", "--N", 30, "--std_floor", 0.1)
+    starts = []
+
+    def process(cfg, score, sde, xT):  # draws that say by what they were drawn
+        starts.append((xT, torch.rand(1)))
+        assert (cfg.sampler, cfg.N) == ("em", 20)
+        clips, floor = score
+        yield 0.0, xT * 0 + 10 * cfg.denoise + clips + floor
+
+    monkeypatch.setattr(sb, "score_fn", lambda model, sde, std_floor, clip_x0: (clip_x0, std_floor))
+    monkeypatch.setattr(sb, "sampling_process", process)
+    figures.figure_guardrails(run, cfg, "model", sb.make_sde(cfg), data.shape)
+    table = drawings["guardrails.png"]
+    assert [label.split("\n")[0] for label in table["row_labels"]] == [
+        "as it is", "last noise kept", "x0_hat not clamped"]
+    assert [row.mean().item() for row in table["rows"]] == pytest.approx([11.1, 1.1, 10.1])
+    assert all(torch.equal(xT, starts[0][0]) and torch.equal(noise, starts[0][1]) for xT, noise in starts)
+
+
+def test_sdes_are_the_three_with_the_constants_of_the_config(tmp_path, drawings):
+    cfg, run, _ = open_run(sb, tmp_path, "--sigma_max", 7, "--beta_max", 10)
+    figures.figure_sdes(run, cfg)
+    mean, variance, snr = (part["lines"] for part in drawings["sdes.png"]["parts"])
+    assert list(mean) == ["ve", "vp", "subvp"]
+    assert variance["_ve"][1][-1].item() == pytest.approx(49)
+    t, m = mean["vp"][:2]
+    assert_close(m, torch.exp(-0.05 * t - 2.475 * t**2), rtol=1e-6, atol=0)
+    assert_close(variance["_vp"][1], 1 - m**2, rtol=1e-6, atol=1e-9)
+    assert_close(variance["_subvp"][1], (1 - m**2) ** 2, rtol=1e-6, atol=1e-9)
+    for name in ("vp", "subvp"):
+        assert_close(snr[f"_{name}"][1][1:], 2 * (mean[name][1] / variance[f"_{name}"][1].sqrt()).log()[1:])
+
+
+@pytest.fixture
+def sheets(monkeypatch):
+    """The figures that experiments would save, none of which is drawn."""
+    kept = []
+    monkeypatch.setattr(plotting, "save", lambda sheet, path, title: kept.append(sheet))
+    return kept
 
 
 @pytest.mark.slow
-def test_guardrails_differ_in_one_switch_and_not_in_their_noise(tmp_path, monkeypatch, drawn):
-    cfg, run, data = open_run(sb, tmp_path, "--dataset", "digits8", "--N", 4)
-    asked, made = [], []
-    spied(monkeypatch, sb, "sampling_process", lambda given, _: asked.append((given, torch.get_rng_state())))
-    spied(monkeypatch, sb, "score_fn", lambda given, _: made.append(given["clip_x0"]))
-    figures.figure_guardrails(run, cfg, sb.make_network(cfg, data.shape), sb.make_sde(cfg), data.shape)
-    assert [given["cfg"].denoise for given, _ in asked] == [True, False, True] and made == [True, True, False]
-    for given, state in asked:
-        assert torch.equal(given["xT"], asked[0][0]["xT"]) and torch.equal(state, asked[0][1])
-        assert (given["cfg"].sampler, given["cfg"].N) == ("em", 4)
-
-
-@pytest.mark.parametrize("name", ["ve", "vp", "subvp"])
-def test_paths_end_where_the_data_is(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["ve", "vp"])
+def test_paths_end_where_the_data_is(name, tmp_path, sheets):
     """The paper's Figure 2: SDE and ODE go from the same noise to the two Gaussians."""
     cfg, run, _ = open_run(sb, tmp_path, "--dataset", "gaussians", "--sde", name)
-    monkeypatch.setattr(figures.plotting, "save", lambda sheet, path, title: kept.append(sheet))
-    kept = []
-    figures.figure_paths(run, sb.make_sde(cfg), steps=300)
-    ways = [[line.get_xydata() for line in axis.lines] for axis in kept[0].axes]
-    assert len(ways) == 2 and all(len(lines) == 8 for lines in ways)
-    for one, other in zip(*ways, strict=True):
-        assert tuple(one[0]) == tuple(other[0]) and one[0][0] == 1 and other[-1][0] <= 1e-3
-    for lines in ways:
-        ends = torch.tensor([line[-1][1] for line in lines])
-        gap = (ends[:, None] - torch.tensor([-1.0, 0.6])).abs().min(1).values
-        assert gap.max() < 0.6
-    density = torch.tensor(kept[0].axes[0].collections[0].get_array().reshape(301, 300))
+    figures.figure_paths(run, sb.make_sde(cfg), steps=100)
+    axes = sheets[0].axes
+    assert [axis.get_title()[:11] for axis in axes] == ["reverse SDE", "probability"]
+    ways = [np.stack([line.get_xydata() for line in axis.lines]) for axis in axes]  # (path, state, (t, x))
+    assert [len(way) for way in ways] == [8, 8]
+    assert (ways[0][:, 0] == ways[1][:, 0]).all() and (ways[0][:, 0, 0] == 1).all() and ways[1][0, -1, 0] <= 1e-3
+    for way in ways:
+        assert np.abs(way[:, -1, 1:] - [-1.0, 0.6]).min(1).max() < 0.6
+    order = ways[1][:, 0, 1].argsort()
+    assert (np.diff(ways[1][order, :, 1], axis=0) > 0).all()  # ways of an ODE do not cross
+    assert np.abs(np.diff(ways[0][..., 1])).sum() > 2 * np.abs(np.diff(ways[1][..., 1])).sum()
+    density = torch.tensor(axes[0].collections[0].get_array().reshape(301, 300))
     line = torch.linspace(-3, 3, 301)
     assert abs(line[density[:, 0].argmax()].abs().item() - 0.8) < 0.25
     assert density[line.abs() < 0.05, 0].max() < 0.05 and density.max() == 1
@@ -424,21 +451,9 @@ def test_the_mixture_on_the_line_moves_with_its_sde(name):
     assert_close(figures.exact_score(log_p)(x, t)[:, 0], slope, rtol=1e-5, atol=1e-6)
 
 
-def test_sdes_are_the_three_with_the_constants_of_the_config(tmp_path, drawn):
-    cfg, run, _ = open_run(sb, tmp_path, "--sigma_max", 7)
-    figures.figure_sdes(run, cfg)
-    mean, variance, snr = (part["lines"] for part in drawn["sdes.png"]["parts"])
-    assert list(mean) == ["ve", "vp", "subvp"]
-    assert variance["_ve"][1][-1].item() == pytest.approx(49)
-    t, values = mean["vp"][:2]
-    assert_close(values, torch.exp(-0.05 * t - 4.975 * t**2), rtol=1e-6, atol=0)
-    assert_close(snr["_subvp"][1][1:], 2 * (mean["subvp"][1] / variance["_subvp"][1].sqrt()).log()[1:])
-
-
-def exact_score_of_eight(turn):
-    """The score of eight Gaussians of std 0.1 on a circle of 1.4 under VP, turned by an angle."""
-    sde, angles = sb.VPSDE(), torch.arange(8).double() * math.pi / 4 + turn
-    centres = 1.4 * torch.stack([angles.cos(), angles.sin()], 1)
+def score_of(centres):
+    """The score of equal Gaussians of std 0.1 about these centres in the plane, under VP."""
+    sde = sb.VPSDE()
 
     def score(x, t):
         m, std = sde.m(t.double())[:, None], sde.std(t.double())[:, None]
@@ -450,134 +465,138 @@ def exact_score_of_eight(turn):
     return score
 
 
+def eight(turn=0.0):
+    """The centres of the data set `gaussians`, turned by an angle."""
+    angles = torch.arange(8).double() * math.pi / 4 + turn
+    return 1.4 * torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def moments_seen(image):
+    """(mean, mean of the squares and of x y) of the density that a picture shows on its axes."""
+    p, (left, right, bottom, top) = np.asarray(image.get_array()), image.get_extent()
+    rows, columns = np.linspace(bottom, top, len(p)), np.linspace(left, right, p.shape[1])
+    x, y = np.meshgrid(columns, rows if image.origin == "lower" else rows[::-1])
+    return [(p * value).sum() / p.sum() for value in (x, y, x * x, y * y, x * y)]
+
+
 @pytest.mark.slow
-def test_densities_and_likelihoods_of_points_against_the_truth(tmp_path):
-    """The exact score of the eight Gaussians is right, that of eight between them is all wrong."""
-    cfg, run, data = open_run(sb, tmp_path, "--dataset", "gaussians", "--tolerance", 1e-3, "--likelihood", 300)
-    sde = sb.VPSDE()
-    figures.figure_density(run, cfg, exact_score_of_eight(math.pi / 8), sde, data, points_a_side=50)
-    density = run.read_metrics()["density"]
-    assert density["sums_to"] == pytest.approx(1, abs=0.02)
-    assert density["total_variation"] == pytest.approx(1, abs=0.03)
-    score = exact_score_of_eight(0)
-    figures.figure_density(run, cfg, score, sde, data, points_a_side=50)
-    density = run.read_metrics()["density"]
-    assert density["sums_to"] == pytest.approx(1, abs=0.02) and density["total_variation"] < 0.03
-    open_picture(run.path("density.png"))
-    figures.measure_points(run, cfg, score, sde, data, data.train[:4000])
-    found = run.read_metrics()
-    assert found["likelihood"]["n"] == 300
-    assert found["likelihood"]["nats"] == pytest.approx(found["likelihood"]["nats_of_the_truth"], abs=0.02)
-    assert found["samples"]["energy_distance"] < 3 * found["samples"]["energy_distance_of_data"] < 0.1
-    figures.measure_points(run, replace(cfg, likelihood=1), score, sde, data, 0.3 * data.test[:2000])
-    far = run.read_metrics()["samples"]
-    assert far["energy_distance"] > 20 * far["energy_distance_of_data"]
+def test_densities_are_shown_on_their_axes_and_measured_against_the_truth(tmp_path, sheets):
+    """Model and truth each look like themselves: nothing here is the same after a turn or a mirroring."""
+    cfg, run, data = open_run(sb, tmp_path, "--dataset", "two_moons", "--tolerance", 1e-2)
+    centres = torch.tensor([[1.3, -0.2], [-0.9, 0.8], [0.2, -1.5]]).double()
+    figures.figure_density(run, cfg, score_of(centres), sb.VPSDE(), data, points_a_side=30)
+    truth, second = data.test.double(), centres.T @ centres / 3 + 0.01 * torch.eye(2).double()
+    wanted = {"model": [*centres.mean(0), second[0, 0], second[1, 1], second[0, 1]],
+              "truth": [*truth.mean(0), *truth.square().mean(0), truth.prod(1).mean()]}
+    for axis, (name, moments) in zip(sheets[0].axes, wanted.items(), strict=True):
+        assert axis.get_title().startswith(name)
+        assert moments_seen(axis.images[0]) == pytest.approx([float(value) for value in moments], abs=0.04)
+    cfg, run, data = open_run(sb, tmp_path, "--dataset", "gaussians", "--tolerance", 1e-2)
+    for turn, distance in ((math.pi / 8, 1), (0, 0)):  # all wrong, all right
+        figures.figure_density(run, cfg, score_of(eight(turn)), sb.VPSDE(), data, points_a_side=30)
+        found = run.read_metrics()["density"]
+        assert found["sums_to"] == pytest.approx(1, abs=0.03)
+        assert found["total_variation"] == pytest.approx(distance, abs=0.04)
+
+
+@pytest.mark.slow
+def test_points_are_measured_against_held_out_points(tmp_path):
+    cfg, run, data = open_run(sb, tmp_path, "--dataset", "gaussians", "--tolerance", 1e-2, "--likelihood", 300)
+    for score, samples, n in ((score_of(eight()), data.train[:4000], 300), (score_of(eight(0.1)), 0.3 * data.test, 7)):
+        figures.measure_points(run, replace(cfg, likelihood=n), score, sb.VPSDE(), data, samples)
+        found, likelihood = run.read_metrics()["samples"], run.read_metrics()["likelihood"]
+        ratio = found["energy_distance"] / found["energy_distance_of_data"]
+        loss = likelihood["nats_of_the_truth"] - likelihood["nats"]
+        truth = figures.point_density("gaussians", data.test[:n]).log().mean().item()
+        assert likelihood["n"] == n and likelihood["nats_of_the_truth"] == pytest.approx(truth)
+        assert (ratio < 3 and abs(loss) < 0.02) if n == 300 else (ratio > 20 and loss > 0.1)
+    assert found["energy_distance_of_data"] < 0.03
 
 
 @pytest.mark.parametrize("name", POINTS)
 def test_the_true_density_sums_to_one_and_is_that_of_the_points(name):
-    line = torch.linspace(-2.6, 2.6, 105)
+    line = torch.linspace(-2.6, 2.6, 53)
     p = figures.point_density(name, torch.cartesian_prod(line, line))
-    assert p.sum().item() * 0.05**2 == pytest.approx(1, abs=0.01)
-    entropy = -(p * p.clamp(min=1e-30).log()).sum().item() * 0.05**2
-    of_points = figures.point_density(name, load_data(name).test[2000:5000])
+    assert p.sum().item() * 0.1**2 == pytest.approx(1, abs=0.01)
+    entropy = -(p * p.clamp(min=1e-30).log()).sum().item() * 0.1**2
+    of_points = figures.point_density(name, load_data(name).test[2000:3500])
     assert -of_points.log().mean().item() == pytest.approx(entropy, abs=0.1)
 
 
-@pytest.mark.slow
-def test_the_experiment_draws_points(run_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "figure_paths", lambda run, sde: None)
-    figures.main(["--device", "cpu", "--out", str(tmp_path), "--sample", str(run_of["gaussians"]), "--N", "3"])
-    folder = only_run(tmp_path, "score_based")
-    for name in ("sdes.png", "density.png"):
-        open_picture(folder / name)
-    found = json.loads((folder / "metrics.json").read_text())
-    assert found["samples"]["energy_distance"] > 0 and math.isfinite(found["likelihood"]["nats"])
+# experiments/samplers.py and sdes.py
 
 
-# experiments/samplers.py
-
-
-def measured(tmp_path, monkeypatch, answer):
-    """(cfg, its sweeps, the scores that samplers.measure keeps, the states it asked for, the run)."""
-    cfg, run, data = open_run(sb, tmp_path, "--dataset", "digits8", "--N", 500, "--evaluate", 10)
-    sde, asked = sb.make_sde(cfg), []
-
-    def measure_quality(states, network, steps, given):
-        assert given is data and network == "model"
-        asked.append((states, steps))
-        return answer(len(asked))
-
-    monkeypatch.setattr(run, "quality", measure_quality)
-    sweeps = samplers.make_sweeps(cfg, sde, 200)
-    scores = samplers.measure(run, sweeps, "model", lambda x, t: -x, sde, data)
-    return cfg, sweeps, scores, asked, run
-
-
-def test_every_sampler_is_scored_by_r_and_by_tolerance(tmp_path, monkeypatch, drawn):
-    used = []
-    cfg, sweeps, scores, asked, run = measured(tmp_path, monkeypatch, lambda i: {
-        "n": 10, "frechet_distance": float(i), "network_calls": 200 - i, "legible": 0.5})
-    spied(monkeypatch, sb, "sampling_process", lambda given, _: used.append(given))
-    for states, _ in asked:
-        states(range(3))
+@pytest.mark.parametrize("trained", ["images"], indirect=True)
+def test_every_sampler_is_scored_by_r_and_by_tolerance(trained, tmp_path, monkeypatch, capsys, drawings):
+    """One fails, which leaves the others their scores. Rows, bars and curves are of what their labels say."""
+    argv = ["--sample", str(trained[0]), "--N", "500", "--evaluate", "10"]
+    cfg, _, data = open_run(sb, tmp_path, *argv)
+    sweeps, steps = samplers.make_sweeps(cfg, sb.make_sde(cfg), 200), []
     methods = [method for sweep in sweeps.values() for method in sweep.values()]
-    assert [given["cfg"] for given in used] == methods and {len(given["xT"]) for given in used} == {3}
-    assert [steps for _, steps in asked] == [method.N for method in methods]
     assert sweeps["samplers"] == sb.make_methods(cfg, sb.VPSDE(), 200)
-    assert [m.snr for m in sweeps["r"].values()] == list(sweeps["r"]) == [0.01, 0.04, 0.08, 0.16, 0.32]
-    assert {(m.sampler, m.predictor, m.corrector_steps, m.N) for m in sweeps["r"].values()} == {
-        ("pc", "reverse", 1, 100)}
-    assert [m.tolerance for m in sweeps["tolerance"].values()] == [0.1, 0.01, 1e-3, 1e-4, 1e-5]
-    assert {m.sampler for m in sweeps["tolerance"].values()} == {"rk45"}
-    kept = run.read_metrics()
-    for sweep, found in scores.items():
-        assert list(kept[f"evaluation_by_{sweep}"].values()) == list(found.values())
+    both = replace(cfg, sampler="pc", predictor="reverse", corrector_steps=1, N=100)
+    assert sweeps["r"] == {r: replace(both, snr=r) for r in (0.01, 0.04, 0.08, 0.16, 0.32)}
+    assert sweeps["tolerance"] == {tolerance: replace(cfg, sampler="rk45", tolerance=tolerance)
+                                   for tolerance in (0.1, 0.01, 1e-3, 1e-4, 1e-5)}
+    starts = tags(monkeypatch, methods)
 
-    samplers.figure_table(run, scores)
-    alone, both, r, tolerance = drawn["table1.png"]["parts"]
-    numbers = {name: row["frechet_distance"] for name, row in scores["samplers"].items()}
-    predictors = ("reverse diffusion", "ancestral", "probability flow")
-    assert alone["bars"] == ([name.replace(" ", "\n") for name in predictors],
-                             [numbers[name] for name in predictors])
-    assert both["bars"][1] == [numbers[name] for name in numbers if "corrector" in name]
-    assert alone["ylim"] == both["ylim"]
-    rows = scores["tolerance"].values()
-    assert tolerance["lines"]["_"][:2] == ([row["network_calls"] for row in rows],
-                                           [row["frechet_distance"] for row in rows])
-    assert list(r["lines"]["_"][0]) == [0.01, 0.04, 0.08, 0.16, 0.32]
-    open_picture(run.path("table1.png"))
-
-
-@pytest.mark.parametrize("failing", [1, 3])
-def test_a_sampler_that_fails_leaves_the_others_their_scores(failing, tmp_path, monkeypatch, capsys):
-    def answer(i):
-        if i == failing:
+    def quality(run, states, network, n, given):
+        number = sb.final(states(range(3))).mean().item()
+        steps.append(n)
+        if number == 3:
             raise Mistake("no numbers")
-        return {"n": 10, "frechet_distance": 2.0, "network_calls": 200, "legible": 0.5}
+        assert torch.equal(given.train, data.train)
+        return {"n": 10, "frechet_distance": number, "network_calls": 200 - number, "legible": number / 100}
 
-    _, sweeps, scores, _, run = measured(tmp_path, monkeypatch, answer)
-    names = list(sweeps["samplers"])
-    assert list(scores["samplers"]) == names[:failing - 1] + names[failing:]
-    assert len(run.read_metrics()["evaluation_by_tolerance"]) == 5
-    assert f"{names[failing - 1]}: no numbers" in capsys.readouterr().out
-    samplers.figure_table(run, scores)
-    open_picture(run.path("table1.png"))  # with the rest of them
+    monkeypatch.setattr(Run, "quality", quality)
+    monkeypatch.setattr(sb, "score_fn", lambda model, sde, std_floor, clip_x0: lambda x, t: x)
+    samplers.main(["--device", "cpu", "--preset", "smoke", "--out", str(tmp_path), *argv])
+    failed = list(sweeps["samplers"])[2]
+    assert f"{failed}: no numbers" in capsys.readouterr().out and steps == [method.N for method in methods]
+    numbers = {sweep: {value: methods.index(method) + 1 for value, method in found.items() if value != failed}
+               for sweep, found in sweeps.items()}
+    kept = json.loads((only_run(tmp_path, "score_based") / "metrics.json").read_text())
+    for sweep, found in numbers.items():
+        rows = kept[f"evaluation_by_{sweep}"]
+        assert {name: row["frechet_distance"] for name, row in rows.items()} == {str(k): v for k, v in found.items()}
+
+    table, found = drawings["samplers.png"], dict(numbers["samplers"])
+    found.pop("ODE, RK4")
+    assert table["row_labels"] == [f"{name}\n{200 - i} calls, {i}% legible" for name, i in found.items()]
+    assert all((row == i).all() and len(row) == 10 for row, i in zip(table["rows"], found.values(), strict=True))
+    assert all(torch.equal(start, starts[-1]) for start in starts[-len(found):])  # from one noise
+    alone, corrected, r, tolerance = drawings["table1.png"]["parts"]
+    predictors = ["reverse diffusion", "ancestral", "probability flow"]
+    for part, ending in ((alone, ""), (corrected, ", corrector")):
+        names, heights = part["bars"]
+        assert names[:3] == [name.replace(" ", "\n") for name in predictors]
+        wanted = [numbers["samplers"].get(name + ending, math.nan) for name in predictors]
+        assert heights[:3] == pytest.approx(wanted, nan_ok=True) and part["ylim"] == alone["ylim"]
+    assert "corrector" in corrected["title"] and len(alone["bars"][0]) == 3
+    assert r["lines"]["_"][:2] == (list(numbers["r"]), list(numbers["r"].values()))
+    found = list(numbers["tolerance"].values())
+    assert tolerance["lines"]["_"][:2] == ([200 - i for i in found], found)
 
 
 @pytest.mark.slow
-def test_the_samplers_are_drawn_beside_their_scores(run_of, tmp_path, monkeypatch, drawn):
-    row, make_sweeps = {"n": 12, "frechet_distance": 2.0, "legible": 0.515}, samplers.make_sweeps
-    wanted = ("Euler–Maruyama", "reverse diffusion, corrector", "ODE, RK4", 0.01, 0.1)
-    monkeypatch.setattr(samplers, "make_sweeps", lambda *args: {
-        sweep: {value: method for value, method in methods.items() if value in wanted}
-        for sweep, methods in make_sweeps(*args).items()})
-    monkeypatch.setattr(quality, "scores", lambda x, data, labels=None: dict(row))
-    samplers.main(["--device", "cpu", "--out", str(tmp_path), "--sample", str(run_of["digits8"]),
-                   "--evaluate", "12", "--N", "4"])
-    folder = only_run(tmp_path, "score_based")
-    assert {file.name for file in folder.iterdir()} == {
-        "config.json", "metrics.json", "samplers.png", "table1.png"}
-    assert drawn["samplers.png"]["row_labels"] == [
-        f"{name}\n4 calls, 52% legible" for name in wanted[:2]]
-    assert [row.shape for row in drawn["samplers.png"]["rows"]] == [(10, 1, 8, 8)] * 2
+def test_three_sdes_stand_beside_their_own_numbers(tmp_path, monkeypatch, drawings):
+    folders, models, order = {}, [], ("vp", "subvp", "ve")
+    for i, sde in enumerate(order):
+        cfg, run, data = open_run(sb, tmp_path / sde, "--dataset", "digits8", "--sde", sde, "--steps", 1)
+        sb.train(cfg, run, data)
+        folders[sde] = run.folder
+        name = "evaluation.json" if sde == "vp" else f"evaluation_{sde}.json"
+        (tmp_path / name).write_text(json.dumps({
+            "evaluation": {"n": 9, "legible": 0.5 + i / 10, "frechet_distance": 3.25 + i},
+            "bits_per_dim": {"mean": 2.5 + i}}))
+    spied(monkeypatch, sb, "score_fn", lambda given, _: models.append(given))
+    monkeypatch.setattr(sb, "sampling_process", lambda cfg, score, sde, xT: [(0.0, xT * 0 + order.index(cfg.sde))])
+    sdes.main(*map(str, folders.values()), folder=tmp_path, flags=["--device=cpu", f"--out={tmp_path}"])
+    assert list(drawings["three_sdes.png"]["row_labels"]) == [
+        "vp: 50% of 9 legible\nFréchet distance 3.2\n2.50 bits/dim",
+        "subvp: 60% of 9 legible\nFréchet distance 4.2\n3.50 bits/dim",
+        "ve: 70% of 9 legible\nFréchet distance 5.2\n4.50 bits/dim"]
+    for i, (row, given) in enumerate(zip(drawings["three_sdes.png"]["rows"], models, strict=True)):
+        average = torch.load(folders[order[i]] / "checkpoint.pt", weights_only=True)["ema"]
+        assert len(row) == 10 and (row == i).all() and given["clip_x0"]
+        assert_close(dict(given["model"].state_dict()), dict(average), rtol=0, atol=0)

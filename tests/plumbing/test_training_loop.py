@@ -1,4 +1,4 @@
-"""run.steps and what stands in its body: the log, checkpoints, a student's edits, precision."""
+"""run.steps and what stands in its body: the log, checkpoints, a student's edits, precision; samples."""
 
 import copy
 import csv
@@ -7,60 +7,60 @@ import gc
 import importlib
 import json
 import math
+import os
 import signal
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
-from conftest import assert_same_tree, open_picture
+from conftest import assert_same_tree, only_run, open_run
 from toy import Config, fit, images, network, open_toy, stored
 from torch import nn
 from torch.testing import assert_close
 
-import ddpm_example as ddpm
+from common import plotting
 from common import run as runs
 from common.cli import Mistake, write_whole
-from common.data import Data, load_images
-from common.device import Launch
+from common.data import Data
 from common.run import Log, LossScale, Run
 
 PAGES = [importlib.import_module(f"{page}_example") for page in
-         ("ddpm", "ddim", "latent_diffusion", "conditional_diffusion", "score_based_diffusion")]
+         ("ddpm", "ddim", "latent_diffusion", "conditional_diffusion", "score_based_diffusion",
+          "flow_matching")]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.__name__)
 
 
 # What a loop writes
 
 
-def test_the_log_has_a_row_for_each_step(tmp_path):
-    _, run = open_toy(tmp_path)
-    seen = []
-    fit(run, 5, lambda step, optimizer: optimizer.param_groups[0].update(lr=0.01 * (step + 1)))
-    log = run.read_log()
-    assert list(log) == ["step", "loss", "grad_norm", "lr"] and log["step"] == [1, 2, 3, 4, 5]
-    assert_close(log["lr"], [0.01, 0.02, 0.03, 0.04, 0.05])  # the optimiser's own at the end of the step
-    assert all(value > 0 for value in log["loss"] + log["grad_norm"]) and seen == []
-
-
-def test_checkpoints_come_every_so_many_steps_and_hold_what_the_loop_kept(tmp_path):
+def test_a_loop_writes_a_row_for_each_step_and_a_checkpoint_every_so_many(tmp_path):
     _, run = open_toy(tmp_path, "--preview_every", 2)
     kept = []
-    model, average = fit(run, 5, lambda *_: kept.append(stored(run)["step"]))
+
+    def watch(step, optimizer):
+        kept.append(stored(run)["step"])
+        optimizer.param_groups[0]["lr"] = 0.01 * (step + 1)
+
+    model, average = fit(run, 5, watch)
     assert kept == [0, 0, 2, 2, 4]  # the first before any step: killed early it can be resumed
-    state = stored(run)
+    state, log = stored(run), run.read_log()
     assert state["step"] == 5 and state["preset"] == "laptop" and state["loop"] == "model"
     assert_same_tree(dict(model.state_dict()), dict(state["model"]))
     assert_same_tree(dict(average.state_dict()), dict(state["ema"]))
-    found = run.read_metrics()
-    assert found["steps"] == 5 and found["parameters"] == 4 * 3 + 3 + 3 + 1
-    assert found["steps_per_second"] > 0 and found["train_seconds"] > 0
-    assert_close(found["loss_of_last_500"], sum(run.read_log()["loss"]) / 5)
+    assert list(log) == ["step", "loss", "grad_norm", "lr"] and log["step"] == [1, 2, 3, 4, 5]
+    assert_close(log["lr"], [0.01, 0.02, 0.03, 0.04, 0.05])  # the optimiser's own at the end of the step
 
 
-def test_the_mean_loss_of_the_end_is_of_its_last_500_steps(tmp_path):
+@pytest.mark.slow
+def test_the_numbers_of_a_training_and_the_mean_loss_of_its_last_500_steps(tmp_path):
     _, run = open_toy(tmp_path)
-    fit(run, 510)
-    assert_close(run.read_metrics()["loss_of_last_500"], sum(run.read_log()["loss"][10:]) / 500)
+    fit(run, 502)
+    found, losses = run.read_metrics(), run.read_log()["loss"]
+    assert found["steps"] == 502 and found["parameters"] == 4 * 3 + 3 + 3 + 1
+    assert found["steps_per_second"] == pytest.approx(502 / found["train_seconds"])
+    assert_close(found["loss_of_last_500"], sum(losses[2:]) / 500)
 
 
 def test_a_loop_that_saves_nothing_writes_nothing(tmp_path):
@@ -73,38 +73,36 @@ def test_a_loop_that_saves_nothing_writes_nothing(tmp_path):
     assert "checkpoint" not in str(problem.value) and list(tmp_path.iterdir()) == []
 
 
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    run = open_toy(tmp_path)[1]
-    run = Run("toy", Config(), run.opts, Launch(torch.device("cpu"), rank=1, world=2))
-    for name in ("gather", "average", "broadcast"):  # there is no other process to talk to
-        monkeypatch.setattr(run.launch, name, lambda value: value)
-    run.add_metrics(a=1)
-    fit(run, 2)
-    assert run.folder is None and list(tmp_path.iterdir()) == []
-
-
 def test_a_log_grows_columns_and_forgets_what_is_after_a_step(tmp_path):
     log = Log(tmp_path / "log.csv", 0)
-    for step in range(1, 4):
-        log.append({"step": step, "loss": step / 10})
-    log.append({"step": 4, "loss": 0.4, "kl": 2.0})
-    log.append({"step": 5, "kl": 1.0})
+    for row in ({"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 3, "loss": 0.3, "kl": 2.0},
+                {"step": 4, "kl": 1.0}):
+        log.append(row)
     log.close()
     with open(log.path) as file:
         assert [list(row.values()) for row in csv.DictReader(file)] == [
-            ["1", "0.1", ""], ["2", "0.2", ""], ["3", "0.3", ""], ["4", "0.4", "2.0"], ["5", "", "1.0"]]
+            ["1", "0.1", ""], ["2", "0.2", ""], ["3", "0.3", "2.0"], ["4", "", "1.0"]]
     found = Log(log.path).read()
-    assert found["step"] == [1, 2, 3, 4, 5] and found["kl"][3:] == [2, 1] and math.isnan(found["kl"][0])
+    assert found["step"] == [1, 2, 3, 4] and found["kl"][2:] == [2, 1] and math.isnan(found["kl"][0])
     again = Log(log.path, 2)
     again.append({"step": 3, "loss": 0.7, "kl": 9.0})
     again.close()
     assert Log(log.path).read()["loss"] == [0.1, 0.2, 0.7]
     log.path.write_text(log.path.read_text() + "4,0.5")  # a row that kill -9 cut short
     assert Log(log.path).read()["step"] == [1, 2, 3]
-    for text in ("some words\nand more\n", "a,b\n1,x\n", "a,b\n1,2\n"):
+    for left in ("", "st", "step,loss\n", "step,loss\n1,0.5\n2,0."):  # or less, and it begins anew
+        log.path.write_text(left)
+        again = Log(log.path, 0)
+        again.append({"step": 1, "loss": 0.5})
+        again.close()
+        assert log.path.read_text() == "step,loss\n1,0.5\n"
+    for text in ("some words\nand more\n", "a,b\n1,2\n"):
         log.path.write_text(text)
         with pytest.raises(Mistake, match="not the log of a run"):
             Log(log.path).read()
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "ab", buffering=0) as again.file, pytest.raises(Mistake, match="log.csv: cannot be"):
+            again.append({"step": 2, "loss": 0.5})
 
 
 def test_metrics_hold_no_number_that_json_lacks(tmp_path):
@@ -117,8 +115,6 @@ def test_metrics_hold_no_number_that_json_lacks(tmp_path):
 
 
 def test_a_file_is_replaced_as_a_whole_and_a_held_one_is_tried_again(tmp_path, monkeypatch):
-    import os
-
     path, tries, replace = tmp_path / "file", [], os.replace
     write_whole(path, "old")
 
@@ -128,11 +124,14 @@ def test_a_file_is_replaced_as_a_whole_and_a_held_one_is_tried_again(tmp_path, m
             raise PermissionError(13, "Permission denied")
         replace(source, target)
 
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "replace", held)
     monkeypatch.setattr("time.sleep", lambda _: None)
     write_whole(path, b"new")  # as Windows does while another program reads the old one
     assert path.read_text() == "new" and len(tries) == 3
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(Mistake, match="file: cannot be written .No space left"):
         write_whole(path, "newer")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
@@ -141,103 +140,45 @@ def test_a_file_is_replaced_as_a_whole_and_a_held_one_is_tried_again(tmp_path, m
 # A student's edits
 
 
-def edited(tmp_path, monkeypatch, *edits, page="ddpm_example"):
-    """The page with some text of its file replaced, as a module; the copy imports the same common/."""
-    from conftest import ROOT
-
-    source = (ROOT / f"{page}.py").read_text()
-    for old, new in edits:
-        assert source.count(old) == 1, old
-        source = source.replace(old, new)
-    (tmp_path / "edited_page.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "edited_page", raising=False)
-    return importlib.import_module("edited_page")
-
-
-def run_page(module, out, *argv):
-    """Train by a page's train, as its main does, and go on; the run folder."""
-    argv = ["--preset", "smoke", "--device", "cpu", "--out", str(out), *argv]
-    cfg, run = runs.open_run("ddpm", module.Config, module.PRESETS, module.SAMPLING, argv)
-    data = run.load(load_images(cfg.dataset))
-    model = module.train(cfg, run, data)
-    schedule = module.make_schedule(cfg.schedule, cfg.T)
-    module.figure_loss(run, model, data, schedule)
-    return run.folder
-
-
-BACKWARD = "        loss.backward()\n"
-LOG = "        run.log(loss=loss, grad_norm=norm)\n"
-
-
-def test_two_backward_passes_accumulate(tmp_path, monkeypatch):
-    """Half the loss, twice: the same gradients, so the same run to rounding."""
-    twice = "        (loss / 2).backward(retain_graph=True)\n        (loss / 2).backward()\n"
-    module = edited(tmp_path, monkeypatch, (BACKWARD, twice))
-    a = torch.load(run_page(module, tmp_path / "a") / "checkpoint.pt")
-    b = torch.load(run_page(ddpm, tmp_path / "b") / "checkpoint.pt")
-    for name, value in b["model"].items():
-        assert_close(a["model"][name], value, rtol=1e-3, atol=1e-5)
-
-
-def test_steps_without_a_log(tmp_path, monkeypatch):
-    module = edited(tmp_path, monkeypatch, (LOG, "        if step % 2: run.log(loss=loss)\n"))
-    folder = run_page(module, tmp_path / "out")
-    assert Log(folder / "log.csv").read()["step"] == [2, 4, 6]
-    module = edited(tmp_path, monkeypatch, (LOG, ""))
-    folder = run_page(module, tmp_path / "none")
-    assert Log(folder / "log.csv").read() == {}
-    assert torch.load(folder / "checkpoint.pt")["step"] == 6
-
-
-def test_another_scalar_from_some_step_on(tmp_path, monkeypatch):
-    more = LOG + "        if step >= 3: run.log(twice=2 * loss)\n"
-    folder = run_page(edited(tmp_path, monkeypatch, (LOG, more)), tmp_path / "out")
-    log = Log(folder / "log.csv").read()
-    assert log["step"] == [1, 2, 3, 4, 5, 6]
-    assert all(map(math.isnan, log["twice"][:3]))
-    assert_close(log["twice"][3:], [2 * loss for loss in log["loss"][3:]])
-    open_picture(folder / "loss.png")
-
-
-def test_an_early_break_is_saved_when_the_run_goes_on(tmp_path, monkeypatch):
-    module = edited(tmp_path, monkeypatch, (LOG, LOG + "        if step == 3: break\n"))
-    folder = run_page(module, tmp_path / "out")
-    state = torch.load(folder / "checkpoint.pt")
-    assert state["step"] == 4 and Log(folder / "log.csv").read()["step"] == [1, 2, 3, 4]
-    assert json.loads((folder / "metrics.json").read_text())["steps"] == 4
-    whole = run_page(ddpm, tmp_path / "whole", "--steps", "4", "--decay", "constant")
-    again = run_page(edited(tmp_path, monkeypatch, (LOG, LOG + "        if step == 3: break\n")),
-                     tmp_path / "again", "--decay", "constant")
-    assert_same_tree(torch.load(again / "checkpoint.pt")["ema"], torch.load(whole / "checkpoint.pt")["ema"])
-
-
-def test_a_loop_left_by_break_is_saved_before_the_samples_are_drawn(tmp_path):
-    _, run = open_toy(tmp_path)
-    fit_until = iter(range(3))
-    model = network()
-    for _ in run.steps(9, model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1)):
-        run.log(loss=1.0)
-        if next(fit_until) == 2:
+def leave(run, last, logged=True):
+    """Log every second step, under another name, and leave by a break after or before step `last` is logged."""
+    model, made = network(), images()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in run.steps(9, model=model, optimizer=optimizer):
+        if step == last and not logged:
             break
+        loss = model(run.batch(made.train)[0]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 2:
+            run.log(mse=loss)
+        if step == last:
+            break
+
+
+def test_a_loop_left_by_break_is_saved_as_it_was_left(tmp_path):
+    """The step counts where it was logged; what is drawn after the loop is not in the random state."""
+    states = []
+    for name, last, logged in (("after", 3, True), ("before", 4, False)):
+        _, run = open_toy(tmp_path / name)
+        leave(run, last, logged)
+        torch.randn(2 * last)
+        states.append(stored(run))
+        assert states[-1]["step"] == 4 and run.read_metrics()["steps"] == 4
+        assert list(run.read_log()) == ["step", "mse", "lr"] and run.read_log()["step"] == [2, 4]
+        plotting.curves(tmp_path / f"{name}.png", [plotting.loss_curve(run.read_log(), "loss")])  # and no loss
+    assert_same_tree(*states)
 
     def interrupted(batch):
         raise KeyboardInterrupt
         yield
 
-    with pytest.raises(KeyboardInterrupt):
-        run.draw(3, interrupted, model, 1)
-    assert torch.load(run._folder / "checkpoint.pt")["step"] == 3
-
-
-def test_a_break_before_the_step_was_made_counts_none(tmp_path):
-    _, run = open_toy(tmp_path)
-    model = network()
-    for step in run.steps(6, model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1)):
-        if step == 2:
-            break
-        run.log(loss=0.5)
-    assert run.path("x") and stored(run)["step"] == 2 and run.read_log()["step"] == [1, 2]
+    _, run = open_toy(tmp_path / "interrupted")
+    leave(run, 3)
+    with pytest.raises(KeyboardInterrupt):  # it is on disk before the samples are drawn
+        run.draw(3, interrupted, network(), 1)
+    assert_same_tree(torch.load(only_run(tmp_path / "interrupted", "toy") / "checkpoint.pt"), states[0])
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, Mistake])
@@ -253,39 +194,10 @@ def test_an_error_in_the_body_leaves_the_last_checkpoint(error, tmp_path):
         fit(run, 6, fail)
     gc.collect()
     assert signal.getsignal(signal.SIGINT) is before
-    folder = run._folder
-    state = torch.load(folder / "checkpoint.pt")
-    assert state["step"] == 2 and all(v.isfinite().all() for v in state["model"].values())
+    assert torch.load(only_run(tmp_path, "toy") / "checkpoint.pt")["step"] == 2
     _, again = open_toy(tmp_path, "--resume")  # and the folder is free again
     fit(again)
     assert stored(again)["step"] == 6 and again.read_log()["step"] == [1, 2, 3, 4, 5, 6]
-
-
-def test_the_optimiser_is_the_page_s(tmp_path):
-    """No setting of it is changed, and what the body logs as lr is kept."""
-    _, run = open_toy(tmp_path)
-    model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), 0.1, foreach=True)
-    before = dict(optimizer.param_groups[0])
-    for _ in run.steps(2, model=model, optimizer=optimizer):
-        model(torch.ones(2, 1, 2, 2)).mean().backward()
-        optimizer.step()
-        run.log(loss=1.0, lr=7.0, step=99)
-    assert optimizer.param_groups[0] == before
-    assert run.read_log() == {"step": [1, 2], "loss": [1, 1], "lr": [7, 7]}
-
-
-def test_a_renamed_loss_is_logged_and_only_its_curve_left_out(tmp_path, monkeypatch):
-    module = edited(tmp_path, monkeypatch, (LOG, "        run.log(mse=loss)\n"))
-    folder = run_page(module, tmp_path / "out")
-    assert list(Log(folder / "log.csv").read()) == ["step", "mse", "lr"]
-    open_picture(folder / "loss.png")
-
-
-def test_a_config_without_flip(tmp_path):
-    run = open_toy(tmp_path)[1]
-    run.cfg = types.SimpleNamespace(batch_size=3)
-    assert len(run.batch(images().train)[0]) == 3
 
 
 def test_a_stopped_run_trains_no_more(tmp_path, capsys):
@@ -294,7 +206,7 @@ def test_a_stopped_run_trains_no_more(tmp_path, capsys):
     before = stored(run)
     fit(run, 6, lambda *_: pytest.fail("a step was made"), name="classifier", save=False)
     fit(run, 6, lambda *_: pytest.fail("a step was made"))
-    assert "stopped before: the classifier is not trained" in capsys.readouterr().out
+    assert "the classifier is not trained" in capsys.readouterr().out
     assert_same_tree(stored(run), before)
 
 
@@ -302,7 +214,7 @@ def test_a_stopped_run_trains_no_more(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("what", ["loss", "grad_norm"])
-@pytest.mark.parametrize("bad_at, kept", [(0, 0), (3, 2), (4, 4)])
+@pytest.mark.parametrize("bad_at, kept", [(0, 0), (3, 2)])
 def test_what_is_not_finite_stops_and_names_step_and_checkpoint(what, bad_at, kept, tmp_path):
     _, run = open_toy(tmp_path, "--preview_every", 2)
 
@@ -314,46 +226,37 @@ def test_what_is_not_finite_stops_and_names_step_and_checkpoint(what, bad_at, ke
         fit(run, 6, diverge)
     for words in (f"{what} is nan at step {bad_at + 1}", f"checkpoint is of step {kept} in", "--lr 0.01 may"):
         assert words in str(problem.value)
-    assert torch.load(run._folder / "checkpoint.pt")["step"] == kept
+    assert torch.load(only_run(tmp_path, "toy") / "checkpoint.pt")["step"] == kept
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    _, run = open_toy(tmp_path)
-    model = network()
-    with pytest.raises(Mistake, match="weight is not finite"):
-        for step in run.steps(3, model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1)):
+    @dataclasses.dataclass(frozen=True)
+    class Two(Config):
+        vae_lr: float = 0.5
+
+    _, run = runs.open_run("toy", Two, {"laptop": Two()}, (), ["--device", "cpu", "--out", str(tmp_path)])
+    vae = network()
+    with pytest.raises(Mistake, match="weight is not finite at step 3, --vae_lr 0.5 may"):  # the rate of this loop
+        for step in run.steps(3, "vae", vae=vae):
             if step == 2:
-                model[1].weight.data[0, 0] = math.inf
-    assert torch.load(run._folder / "checkpoint.pt")["step"] == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.__name__)
-def test_a_rate_of_1e38_is_one_line(page, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        page.main(["--preset", "smoke", "--steps", "2", "--warmup", "0", "--lr", "1e38",
-                   "--grad_clip", "1e30", "--out", str(tmp_path)])
-    said = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert stop.value.code == 2 and len(said) == 1 and "finite" in said[0] or " is " in said[0], said
+                vae[2].weight.data[0, 0] = math.inf
+    assert torch.load(only_run(tmp_path, "toy") / "checkpoint.pt")["step"] == 0
 
 
 # The learning rate and the batch
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.__name__)
+@every_page
 def test_the_learning_rate_warms_up_and_decays(page):
+    """With a cosine it is seen in a training, too; here also the constant rate, and no warm-up."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], 7.0)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
-    for decay in ("constant", "cosine"):
-        cfg = dataclasses.replace(page.Config(), lr=2.0, warmup=10, decay=decay, steps=100)
-        for step in range(100):
+    for warmup, decay in ((10, "constant"), (10, "cosine"), (0, "constant")):
+        cfg = dataclasses.replace(page.Config(), lr=2.0, warmup=warmup, decay=decay, steps=100)
+        for step in (0, 4, 9, 50, 99):
             page.set_learning_rate(optimizer, cfg, step)
-            expected = 2.0 * min(1, (step + 1) / 10)
-            if decay == "cosine":
-                expected *= (1 + math.cos(math.pi * step / 100)) / 2
-            assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([expected] * 2)
-    page.set_learning_rate(optimizer, dataclasses.replace(cfg, warmup=0, decay="constant"), 0)
-    assert optimizer.param_groups[0]["lr"] == 2.0
+            factor = (1 + math.cos(math.pi * step / 100)) / 2 if decay == "cosine" else 1
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(
+                2.0 * factor * (min(1, (step + 1) / 10) if warmup else 1))
 
 
 def test_a_batch_is_of_the_training_part_with_its_labels(tmp_path):
@@ -365,6 +268,8 @@ def test_a_batch_is_of_the_training_part_with_its_labels(tmp_path):
         assert_close(x[:, 0, 0, 0], y / 40)
         seen |= set(y.tolist())
     assert seen == set(range(10, 40))  # all of the training part, nothing of the held-out one
+    run.cfg = types.SimpleNamespace(batch_size=3)  # a Config without flip
+    assert len(run.batch(made.train)[0]) == 3
     x, y = run.batch(torch.arange(20.0).view(10, 2), size=5)
     assert y is None and x.shape == (5, 2) and (x[:, 1] - x[:, 0] == 1).all()
 
@@ -374,107 +279,47 @@ def test_flip_mirrors_left_and_right_for_half_of_the_pictures(tmp_path):
     made = images()
     x, y = run.batch(made.train, made.train_labels, size=4000)
     right = x[:, 0, 0, 1] - x[:, 0, 0, 0] > 0  # as it was
-    assert abs(right.double().mean() - 0.5) < 0.03 and (x[:, 0, 1, 0] > x[:, 0, 0, 0]).all()
+    assert abs(right.double().mean() - 0.5) < 0.05 and (x[:, 0, 1, 0] > x[:, 0, 0, 0]).all()
     assert_close(torch.where(right, x[:, 0, 0, 0], x[:, 0, 0, 1]), y / 40)
-    x, _ = run.batch(made.train, size=400, flip=False)
-    assert (x[:, 0, 0, 1] > x[:, 0, 0, 0]).all()
-    x, _ = open_toy(tmp_path)[1].batch(made.train, size=400)
-    assert (x[:, 0, 0, 1] > x[:, 0, 0, 0]).all()
+    for kept in (run.batch(made.train, size=400, flip=False), open_toy(tmp_path)[1].batch(made.train, size=400)):
+        assert (kept[0][:, 0, 0, 1] > kept[0][:, 0, 0, 0]).all()
 
 
-def test_each_process_draws_its_part_of_the_batch(tmp_path, monkeypatch):
-    opts = open_toy(tmp_path)[1].opts
-    for rank in range(2):
-        run = Run("toy", Config(), opts, Launch(torch.device("cpu"), rank, 2))
-        assert len(run.batch(images().train)[0]) == 4
-    monkeypatch.setattr("common.device.launch", lambda name: Launch(torch.device("cpu"), 0, 3))
-    with pytest.raises(Mistake, match="batch_size 8: must be a multiple of 3, the number of processes"):
-        open_toy(tmp_path)
-
-
-def test_load_and_place(tmp_path):
-    _, run = open_toy(tmp_path)
-    assert run.load(images(labels=False)).train.device == run.device
-    model = run.place(nn.Conv2d(3, 4, 3))
-    assert model.weight.is_contiguous(memory_format=torch.channels_last)
+def test_scores_need_labels(tmp_path):
     _, run = open_toy(tmp_path, "--evaluate", 10)
-    with pytest.raises(Mistake, match="no labels"):
+    with pytest.raises(Mistake, match="--evaluate 10: .*no labels"):
         run.load(Data("toy", torch.ones(3, 2), torch.ones(3, 2)))
 
 
 # Precision and memory
 
 
-def test_autocast_and_what_is_resumed_of_a_run_s_settings(tmp_path):
-    _, run = open_toy(tmp_path, "--amp", "bf16", "--preview_every", 2)
-    fit(run, 4, lambda step, _: setattr(run, "stopped", step == 1))
-    with run.autocast():
-        assert network()(torch.ones(2, 1, 2, 2)).dtype == torch.bfloat16
-    settings = {"device": "cpu", "amp": "bf16", "compile": False, "grad_checkpointing": False}
-    assert stored(run)["run"] == settings
-    assert json.loads(run.path("config.json").read_text())["run"] == settings
-    _, again = open_toy(tmp_path, "--resume")
-    assert again.opts.amp == "bf16"
-    assert open_toy(tmp_path, "--resume", "--amp", "off")[1].opts.amp == "off"
-    assert open_toy(tmp_path, "--config", run.path("config.json"))[1].opts.amp == "bf16"
-    assert open_toy(tmp_path, "--sample")[1].opts.amp == "off"
+class Two(nn.Module):
+    """A network with two outputs, one of them in half precision as under autocast."""
 
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
 
-def test_samples_are_drawn_under_autocast(tmp_path):
-    fit(open_toy(tmp_path)[1], 1)
-    for amp, dtype in (("bf16", torch.bfloat16), ("off", torch.float32)):
-        _, run = open_toy(tmp_path, "--sample", "--amp", amp)
-        model = run.trained(network())
-        x, _ = run.draw(3, lambda batch, model=model: [(0, model(torch.ones(len(batch), 1, 2, 2)))], model, 1)
-        assert x.dtype == dtype
+    def forward(self, x):
+        a, b = self.second(self.first(x).tanh()).unbind(1)
+        return a, b.half()
 
 
 def test_the_loss_scale_reaches_the_network_and_is_divided_again():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    model = Two()
     plain, x, inside = copy.deepcopy(model), torch.randn(5, 4), []
     scale = LossScale(model, 1024.0)
-    model[1].register_full_backward_hook(lambda module, grads, out: inside.append(out[0].abs().max().item()))
-    for _ in range(2):  # accumulated
-        model(x).square().mean().backward()
-        plain(x).square().mean().backward()
-    scale.divide([p.grad for p in model.parameters()])
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
-    largest = inside[0]
-    scale.hook.remove()
-    model(x).square().mean().backward()
-    assert largest == pytest.approx(1024 * inside[-1], rel=1e-4)
-
-
-def test_the_loss_scale_of_a_network_with_several_outputs():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 2)
-
-        def forward(self, x):
-            return tuple(self.layer(x).half().unbind(1))
-
-    torch.manual_seed(0)
-    model = Two()
-    plain, x = copy.deepcopy(model), torch.randn(5, 4)
-    scale = LossScale(model, 1024.0)
     for each in (model, plain):
-        a, b = each(x)
-        assert a.dtype == (torch.float32 if each is model else torch.float16)
-        (a.float().square() + b.float()).mean().backward()
+        each.second.register_full_backward_hook(lambda _, grads, out: inside.append(out[0].abs().max().item()))
+        for _ in range(2):  # accumulated
+            a, b = each(x)
+            assert b.dtype == (torch.float32 if each is model else torch.float16)
+            (a.square() + b.float()).mean().backward()
     scale.divide([p.grad for p in model.parameters()])
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert_close(p.grad, q.grad, rtol=1e-2, atol=1e-3)
-
-
-def test_gradients_that_are_never_finite_end_the_run():
-    model = nn.Linear(2, 2)
-    scale = LossScale(model)
-    with pytest.raises(Mistake, match="not finite at any loss scale"):
-        for _ in range(60):
-            scale.divide([torch.tensor(math.nan)])
+    assert inside[0] == pytest.approx(1024 * inside[2], rel=1e-2)
 
 
 def test_a_step_that_overflows_is_left_out_and_the_scale_adapts():
@@ -490,48 +335,82 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_adapts():
     for _ in range(2000):
         scale.divide([torch.ones(2)])
     assert scale.scale == 8.0 and scale.good_steps == 0
+    with pytest.raises(Mistake, match="not finite at any loss scale"):
+        for _ in range(60):
+            scale.divide([torch.tensor(math.nan)])
 
 
 def test_the_loss_scale_is_saved_and_restored(tmp_path, monkeypatch):
+    """The weights show that run.average_gradients divides by it: fp16's are those of a run without it."""
+    monkeypatch.setattr(Run, "autocast", lambda self: torch.autocast("cpu", enabled=False))
+    _, plain = open_toy(tmp_path / "plain")
+    expected, _ = fit(plain, 6)
     _, run = open_toy(tmp_path, "--preview_every", 2)
     run.opts.amp = "fp16"  # which the command line refuses on a CPU
-    monkeypatch.setattr(Run, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
     fit(run, 6, lambda step, _: setattr(run, "stopped", step == 2))
     assert stored(run)["loss_scale"] == [2.0**16, 3]
     _, again = open_toy(tmp_path, "--resume", "--amp", "off")
     again.opts.amp, seen = "fp16", []
-    fit(again, 6, lambda *_: seen.append((again.scale.scale, again.scale.good_steps)))
+    model, _ = fit(again, 6, lambda *_: seen.append((again.scale.scale, again.scale.good_steps)))
     assert seen == [(2.0**16, 4), (2.0**16, 5), (2.0**16, 6)] and again.scale is None
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert_close(p, q, rtol=1e-4, atol=1e-5)
     fit(again, 1, lambda *_: seen.append(again.scale.good_steps), name="later")
     assert seen[-1] == 1  # a later loop begins anew
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.__name__)
-def test_gradient_checkpointing_computes_again_and_changes_nothing(page, tmp_path, monkeypatch):
-    """By what the run calls, whatever the blocks are called: each block runs twice in a step."""
-    from conftest import open_run
-
-    def train(out, *argv):
-        cfg, run, data = open_run(page, out, "--steps", "2", *argv)
-        calls = []
-        handle = nn.modules.module.register_module_forward_pre_hook(
-            lambda module, _: calls.append(1) if isinstance(module, nn.GroupNorm) else None)
-        page.train(cfg, run, data)
-        handle.remove()
-        return torch.load(run.path("checkpoint.pt"))["model"], len(calls)
-
-    plain, calls = train(tmp_path / "a")
-    saving, more = train(tmp_path / "b", "--grad_checkpointing")
-    assert more > 1.2 * calls  # the latent page encodes its data besides
-    for name, value in plain.items():
-        assert_close(saving[name], value, rtol=1e-4, atol=1e-5)
+def test_samples_are_drawn_under_autocast_and_by_a_compiled_network(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    fit(open_toy(tmp_path)[1], 1)
+    for amp, dtype, flag in (("bf16", torch.bfloat16, "--compile"), ("off", torch.float32, "--no-compile")):
+        _, run = open_toy(tmp_path, "--sample", "--amp", amp, flag)
+        model = run.trained(network())
+        x, _ = run.draw(3, lambda batch, model=model: [(0, model(torch.ones(len(batch), 4)))], model, 1)
+        assert x.dtype == dtype and (model in compiled) == (flag == "--compile")
 
 
-def test_gradient_checkpointing_is_refused_where_there_is_nothing_to_recompute(tmp_path):
-    _, run = open_toy(tmp_path, "--grad_checkpointing")
+def test_compile_without_a_compiler_is_one_line_before_the_training(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("No working C++ compiler found\nand a page more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(Mistake, match="--compile: .*No working C.. compiler found.;"):
+        fit(open_toy(tmp_path, "--compile")[1])
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+
+
+def test_gradient_checkpointing_changes_no_weight_and_is_refused_where_nothing_is_to_recompute(tmp_path):
+    weights = [fit(open_toy(tmp_path / str(i), *argv)[1])[0].state_dict()
+               for i, argv in enumerate(((), ("--grad_checkpointing",)))]
+    assert_same_tree(dict(weights[0]), dict(weights[1]))
+    _, run = open_toy(tmp_path / "refused", "--grad_checkpointing")
     with pytest.raises(Mistake, match="--grad_checkpointing: Sequential has no blocks"):
-        fit(run)
-    assert list(tmp_path.iterdir()) == []
+        fit(run, model=nn.Sequential(nn.Flatten(), nn.Linear(4, 1)))
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.slow
+@every_page
+def test_the_blocks_of_each_page_are_computed_again_going_back(page, tmp_path, monkeypatch, drawings):
+    forward, again, backward = set(), set(), torch.Tensor.backward
+    seen = forward
+
+    def going_back(loss, *args, **kwargs):
+        nonlocal seen
+        seen = again
+        backward(loss, *args, **kwargs)
+        seen = forward
+
+    monkeypatch.setattr(torch.Tensor, "backward", going_back)
+    argv = ("--dataset", "digits8", "--image_size", 8, "--steps", 1, "--grad_checkpointing")
+    cfg, run, data = open_run(page, tmp_path, *argv)
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, _: seen.add(module))
+    page.train(cfg, run, data)
+    handle.remove()
+    norms = [module for module in forward if isinstance(module, nn.GroupNorm)]
+    assert len(again.intersection(norms)) > 0.7 * len(norms)  # all but those outside the blocks
 
 
 # Ctrl-C
@@ -543,6 +422,14 @@ def test_ctrl_c_ends_the_loop_after_the_step_and_the_answer_to_it_is_put_back(tm
     fit(run, 100, lambda step, _: step == 1 and signal.raise_signal(signal.SIGINT))
     assert run.stopped and stored(run)["step"] == 2 and run.read_log()["step"] == [1, 2]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_stays_ignored_where_it_is(tmp_path):
+    """As `nohup` and a shell's `&` ask."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _, run = open_toy(tmp_path)
+    fit(run, 3, lambda step, _: step == 1 and signal.raise_signal(signal.SIGINT))
+    assert not run.stopped and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize("notebook", [False, True])
@@ -558,14 +445,97 @@ def test_ctrl_c_twice_leaves_at_once_and_in_a_notebook_only_the_cell(notebook, t
         kernel = types.SimpleNamespace(get_ipython=lambda: types.SimpleNamespace(kernel=1))
         monkeypatch.setitem(sys.modules, "IPython", kernel)
     monkeypatch.setattr("os._exit", leave)
-    _, run = open_toy(tmp_path)
-    before = signal.getsignal(signal.SIGINT)
 
     def twice(*_):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt if notebook else Left):
-        fit(run, 100, twice)
-    gc.collect()
-    assert signal.getsignal(signal.SIGINT) is before
+        fit(open_toy(tmp_path)[1], 100, twice)
+
+
+# Samples and the last line
+
+
+class Sampler:
+    """Samples of 1 x 2 x 2 noise in three steps, each of which calls the network twice."""
+
+    def __init__(self):
+        self.network, self.batches = nn.Linear(4, 4), []
+
+    def __call__(self, batch):
+        self.batches.append(batch)
+        x = torch.randn(len(batch), 1, 2, 2)
+        for t in (3, 2, 1):
+            yield t, x
+            x = x + self.network(self.network(x.flatten(1))).view(x.shape).detach()
+        yield 0, x
+
+
+def test_draw_puts_batches_together_and_counts_the_calls(tmp_path):
+    _, run = open_toy(tmp_path)
+    states = Sampler()
+    torch.manual_seed(1)
+    x, found = run.draw(10, states, states.network, 3, batch_size=4)
+    assert states.batches == [range(4), range(4, 8), range(8, 10)] and x.shape == (10, 1, 2, 2)
+    assert found["n"] == 10 and found["network_calls"] == 6 and found["seconds"] > 0
+    torch.manual_seed(1)
+    expected = torch.cat([list(states(range(n)))[-1][1] for n in (4, 4, 2)])
+    assert_close(x, expected, rtol=0, atol=0)
+    with pytest.raises(Mistake, match="samples are not finite"):
+        run.draw(3, lambda batch: [(0, torch.full((3, 1, 2, 2), math.nan))], states.network, 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_scores_as_many_as_asked_always_the_same_and_keeps_them(tmp_path, monkeypatch, drawings):
+    seen = []
+    monkeypatch.setattr(runs.quality, "scores", lambda x, *rest: seen.append((x, *rest)) or {"legible": 0.5})
+    states, made, labels = Sampler(), images(), torch.arange(130)
+    _, run = open_toy(tmp_path)
+    run.evaluate(states, states.network, 3, made)
+    assert seen == [] and list(tmp_path.iterdir()) == []
+    _, run = open_toy(tmp_path, "--evaluate", 130)
+    state = torch.get_rng_state()
+    found = run.quality(states, states.network, 3, made)
+    assert torch.equal(state, torch.get_rng_state())  # the caller's draws are left alone
+    assert found["legible"] == 0.5 and found["n"] == 130 and found["network_calls"] == 6
+    assert list(tmp_path.iterdir()) == []
+    torch.randn(5)
+    run.evaluate(states, states.network, 3, made, labels)
+    assert run.read_metrics()["evaluation"]["n"] == 130
+    assert_close(drawings["evaluated.png"]["x"], seen[1][0][:100], rtol=0, atol=0)
+    assert_close(seen[0][0], seen[1][0], rtol=0, atol=0)
+    assert seen[0][1] is made and seen[0][2] is None and seen[1][2] is labels
+    kept = torch.from_numpy(np.load(run.path("evaluated.npz"))["samples"])
+    assert kept.dtype == torch.uint8
+    assert_close(kept.float() / 127.5 - 1, seen[1][0].clamp(-1, 1), rtol=0, atol=0.004)
+    _, other = open_toy(tmp_path, "--evaluate", 130, "--seed", 1)
+    other.quality(states, states.network, 3, made)
+    assert not torch.equal(seen[0][0], seen[2][0])
+
+
+def test_the_last_line_says_what_was_measured_and_where(tmp_path, capsys):
+    """The scores of the samples drawn, or those of --evaluate where it was asked for."""
+    def last_line():
+        run.finish("experiments/toy.py")
+        return capsys.readouterr().out.strip().splitlines()[-1]
+
+    cfg, run = open_toy(tmp_path)
+    said = last_line()
+    assert "all in" in said and not any(word in said for word in ("trained", "sampled", "legible", "Fr"))
+    fit(run)
+    run.add_metrics(sampling={"seconds": 2.0}, samples={"legible": 0.5, "accuracy": 0.25, "n": 64},
+                    other={"legible": 0.125, "n": 3})
+    for words in ("trained 0 s", "sampled 2 s", "legible 50% ± 6 points (n = 64)", "as asked 25.0%", str(run.folder),
+                  f"python experiments/toy.py --sample {run.folder}"):
+        assert words in (said := last_line()), said
+    evaluation = {"legible": 0.25, "accuracy": 0.75, "frechet_distance": 12.25, "n": 100}
+    run.add_metrics(evaluation=evaluation)
+    run.opts.evaluate = 100
+    for words in ("legible 25% ± 4 points (n = 100)", "as asked 75.0%", "features 12.2"):
+        assert words in (said := last_line()), said
+    run.opts.evaluate = None  # resumed without it: those scores are of the weights before
+    assert "legible 50%" in last_line() and run.read_metrics()["evaluation"] is None
+    found = run.read_metrics()
+    assert found["config"] == json.loads(json.dumps(dataclasses.asdict(cfg)))
+    assert found["total_seconds"] >= found["train_seconds"]

@@ -33,9 +33,10 @@ SAMPLING = ("n_samples",)
 PRESETS = {"laptop": Config(), "smoke": Config(T=2, widths=(3,), n_samples=2)}
 
 
-def open_toy(out, *argv):
-    """(cfg, run), as the main of a script makes them."""
-    argv = ["--device", "cpu", "--out", str(out), *map(str, argv)]
+def open_toy(out, *argv, device="cpu"):
+    """(cfg, run), as the main of a script makes them; device None leaves the flag out."""
+    given = ["--device", device] if device else []
+    argv = [*given, "--out", str(out), *map(str, argv)]
     return open_run("toy", Config, PRESETS, SAMPLING, argv)
 
 
@@ -49,14 +50,20 @@ def images(n=40, labels=True):
     return Data("toy", x[held_out:], x[:held_out], y[held_out:], y[:held_out], tuple(map(str, range(n))))
 
 
+class Block(nn.Sequential):
+    """Layers that --grad_checkpointing computes twice."""
+
+    recompute = True
+
+
 def network():
-    return nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    return nn.Sequential(nn.Flatten(), Block(nn.Linear(4, 3), nn.Tanh()), nn.Linear(3, 1))
 
 
-def fit(run, steps=6, watch=None, name="model", save=True):
+def fit(run, steps=6, watch=None, name="model", save=True, model=None):
     """Train as a script's train does; watch(step, optimizer) ends each step. Returns (model, average)."""
     made = images()
-    model = run.place(network())
+    model = run.place(network() if model is None else model)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), run.cfg.lr)
     for step in run.steps(steps, name, save, ema=average, optimizer=optimizer, **{name: model}):
