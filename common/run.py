@@ -694,7 +694,8 @@ class Run:
             say("stopping: saving and sampling what there is (Ctrl-C again leaves)")
 
         main_thread = threading.current_thread() is threading.main_thread()
-        if self.launch.world > 1 or not main_thread:
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as nohup asks
+        if self.launch.world > 1 or not main_thread or ignored:
             return None  # torchrun stops its processes itself
         return signal.signal(signal.SIGINT, interrupt)
 
@@ -769,6 +770,9 @@ class Run:
         self.add_metrics(config=dataclasses.asdict(self.cfg),
                          total_seconds=time.perf_counter() - self._begin)
         found = self.read_metrics()
+        if "evaluation" in found and not self.opts.evaluate:  # of the weights before
+            self.add_metrics(evaluation=None)
+            del found["evaluation"]
         scores = found.get("samples", {}) | found.get("evaluation", {})
         facts = [("trained", found.get("train_seconds"), "{:.0f} s"),
                  ("sampled", found.get("sampling", {}).get("seconds"), "{:.0f} s"),
