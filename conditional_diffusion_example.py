@@ -230,7 +230,7 @@ def draw_t(n, T, drawing):
     """Draw the steps t of a batch: (n,) int64 in 1..T, on the CPU.
 
     "uniform" is [DDPM] Alg. 1, line 3. "logit_normal" draws the middle t more often,
-    since they decide what an image shows: logit(t / T) is N(-0.2, 1), after arXiv
+    since they decide what an image shows: logit(t / T) is N(-0.2, 0.8^2), after arXiv
     2403.03206, Sec. 3.1. Each of n equal quantiles gives one t, so batches differ less.
     One t in sixteen is uniform: small t, which weigh most in the bound, would otherwise
     be too rare.
@@ -238,7 +238,7 @@ def draw_t(n, T, drawing):
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
     u = (torch.arange(n) + torch.rand(n)) / n
-    fraction = torch.sigmoid(torch.special.ndtri(u) - 0.2)
+    fraction = torch.sigmoid(0.8 * torch.special.ndtri(u) - 0.2)
     fraction = torch.where(torch.rand(n) < 1 / 16, torch.rand(n), fraction)
     return (1 + (T * fraction).long()).clamp(max=T)
 

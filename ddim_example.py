@@ -54,7 +54,7 @@ class Config:
     spacing: Literal["linear", "quadratic"] = "linear"  # spacing of tau (paper: either)
     sigma_hat: bool = False      # larger noise, for eta 1 (paper: in Table 1)
     clip_x0: bool = True         # clamp x0_hat to [-1, 1] (code: only with sigma_hat)
-    eps_scale: Positive = 1.1    # factor of eps_hat in sampling (paper: 1)
+    eps_scale: Positive = 1.2    # factor of eps_hat in sampling (paper: 1)
     n_samples: Count = 64        # number of images drawn at the end
     # data
     dataset: str = "digits"      # digits, mnist, folder:PATH, ... (paper: cifar10)
@@ -71,7 +71,7 @@ class Config:
     patch: Count = 2             # patch x patch pixels become channels (paper: 1)
     # training
     drawing: Drawing = "logit_normal"  # distribution of t in training (paper: uniform)
-    steps: Count = 4000          # optimiser steps (paper: 800000)
+    steps: Count = 4800          # optimiser steps (paper: 800000)
     batch_size: Count = 32       # images per step, over all processes (paper: 128)
     lr: Positive = 2e-3          # peak learning rate (paper: 2e-4)
     warmup: Whole = 200          # steps of learning-rate warm-up (code: 5000)
@@ -169,7 +169,7 @@ def draw_t(n, T, drawing):
     """Draw the steps t of a batch: (n,) int64 in 1..T, on the CPU.
 
     "uniform" is [DDPM] Alg. 1, line 3. "logit_normal" draws the middle t more often,
-    since they decide what an image shows: logit(t / T) is N(-0.2, 1), after arXiv
+    since they decide what an image shows: logit(t / T) is N(-0.2, 0.8^2), after arXiv
     2403.03206, Sec. 3.1. Each of n equal quantiles gives one t, so batches differ less.
     One t in sixteen is uniform: small t, which weigh most in the bound, would otherwise
     be too rare.
@@ -177,7 +177,7 @@ def draw_t(n, T, drawing):
     if drawing == "uniform":
         return torch.randint(1, T + 1, (n,))
     u = (torch.arange(n) + torch.rand(n)) / n
-    fraction = torch.sigmoid(torch.special.ndtri(u) - 0.2)
+    fraction = torch.sigmoid(0.8 * torch.special.ndtri(u) - 0.2)
     fraction = torch.where(torch.rand(n) < 1 / 16, torch.rand(n), fraction)
     return (1 + (T * fraction).long()).clamp(max=T)
 
