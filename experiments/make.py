@@ -116,6 +116,20 @@ STEPS = {
         "metrics.json>swiss_roll.json scores.png"),
     "density": Step("experiments/score_based.py --sample {swiss_roll}", 1,
                     "score_based", "density.png"),
+    "flow": Step("flow_matching_example.py", 5, "flow_matching",
+                 "metrics.json samples.png", "flow_matching"),
+    "flow_scores": Step("flow_matching_example.py --sample {flow} --evaluate 500", 8,
+                        "flow_matching", "metrics.json>evaluation.json"),
+    "flow_figures": Step(
+        "experiments/flow_matching.py --sample {flow}", 1, "flow_matching",
+        "metrics.json>figures.json way.png one_step.png straightness.png"),
+    "flow_ot": Step("flow_matching_example.py --coupling ot", 5, "flow_matching",
+                    "metrics.json>metrics_ot.json"),
+    "flow_reflow": Step("flow_matching_example.py --reflow {flow}", 8, "flow_matching",
+                        "metrics.json>metrics_reflow.json"),
+    "flow_steps": Step("experiments/flow_steps.py {flow} {flow_ot} {flow_reflow}", 4,
+                       ""),
+    "rectify": Step("experiments/rectify.py", 4, ""),
     "sines": Step("experiments/series.py --dataset sines", 3, "score_based",
                   "metrics.json>sines.json forecast.png series.png"),
     "membrane": Step("experiments/series.py --dataset membrane", 3, "score_based",
@@ -261,7 +275,9 @@ SCRIPTS = {  # script: what its two files of results/ are called
         "conditional/metrics.json", "conditional/evaluation.json"),
     "latent_diffusion_example.py": ("latent/metrics.json", "latent/evaluation.json"),
     "score_based_diffusion_example.py": (
-        "score_based/metrics.json", "score_based/evaluation.json")}
+        "score_based/metrics.json", "score_based/evaluation.json"),
+    "flow_matching_example.py": (
+        "flow_matching/metrics.json", "flow_matching/evaluation.json")}
 
 
 def table_defaults():
@@ -269,7 +285,9 @@ def table_defaults():
     yield ["script", "training", "all, with figures", "one batch of samples",
            "legible, distance, recall", "held-out digits"]
     for script, (typed, scored) in SCRIPTS.items():
-        run, found = load(typed), load(scored).get("evaluation", {})
+        run, found = load(typed), load(scored).get("evaluation")
+        if not found:
+            continue  # not run yet
         train = run.get("train_seconds", 0) + run.get("vae_train_seconds", 0)
         draw = run["sampling"]
         yield [f"`{script}`", f"{train:.0f} s", f"{run['total_seconds']:.0f} s",
