@@ -374,6 +374,9 @@ def reflow_pairs(cfg, run, data):
     with reading(f"--{where}"):
         state = load_checkpoint(cfg.reflow, ["flow_matching"], f"--{where}")
         teacher = config_from(state["config"], Config, where)
+        if (teacher.p_uncond < 1) != (cfg.p_uncond < 1):
+            raise Mistake(f"p_uncond {cfg.p_uncond:g}: must be {teacher.p_uncond:g}, "
+                          f"that of --{where}")
         model = run.place(make_network(cfg, data)).eval()
         model.load_state_dict(state["ema"])
     end, parts = make_path(teacher).t_end, []

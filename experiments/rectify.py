@@ -1,6 +1,6 @@
 """Two moons carried to eight Gaussians: pairs, their flow, and the flow rectified.
 
-    python experiments/rectify.py               about two minutes
+    python experiments/rectify.py               about three minutes
     python experiments/rectify.py --steps 500   a quick look
 
 Flow matching needs no noise: x_0 may be any data. results/flow_matching/rectify.png
@@ -59,7 +59,7 @@ def figure(file, panels, data):
 def main(argv=None, folder=ROOT / "results/flow_matching"):
     """Train the three flows, draw them and write their numbers."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=8000, help="of each training")
+    parser.add_argument("--steps", type=int, default=3000, help="of each training")
     steps = parser.parse_args(argv).steps
     torch.manual_seed(0)
     moons, gaussians = load_points("two_moons"), load_points("gaussians")

@@ -15,6 +15,7 @@ import flow_matching_example as flow
 import latent_diffusion_example as latent
 import score_based_diffusion_example as score_based
 from common import plotting, quality
+from common.cli import Mistake
 from common.data import Data
 from common.run import Run
 
@@ -220,8 +221,11 @@ def test_labels_follow_their_pictures_into_the_velocity(reflow, coupling, teache
     spied(monkeypatch, flow, "cfm_loss", lambda given, _: seen.append((given["x0"], given["x1"], given["v"].y)))
     spied(monkeypatch, flow, "drop_labels", lambda given, _: dropped.append((given["p_uncond"], given["null"])))
     spied(monkeypatch, flow, "ot_coupling", lambda given, i: couplings.append((given["x0"], given["x1"][i])))
+    state = torch.load(teacher / "checkpoint.pt", weights_only=True)
+    state["config"]["p_uncond"] = 0.3
+    torch.save(state, tmp_path / "labelled.pt")
     trained(flow, tmp_path, "--coupling", coupling, "--p_uncond", 0.3, "--batch_size", 24, "--preview_every", 100,
-            "--pairs", 130, *(["--reflow", teacher] if reflow else []))
+            "--pairs", 130, *(["--reflow", tmp_path / "labelled.pt"] if reflow else []))
     for _, x1, y in seen:
         side = (x1[..., 4:].mean((1, 2, 3)) > x1[..., :4].mean((1, 2, 3))).long()
         true = (x1.mean((1, 2, 3)) > 5).long() if reflow else side
@@ -230,6 +234,11 @@ def test_labels_follow_their_pictures_into_the_velocity(reflow, coupling, teache
     assert len(couplings) == (6 if coupling == "ot" else 0)
     for (x0, x1, _), (noise, coupled) in zip(seen, couplings, strict=False):
         assert torch.equal(x0, noise) and torch.equal(x1, coupled)
+
+
+def test_reflow_is_refused_where_only_one_of_the_two_has_labels(teacher, tmp_path):
+    with pytest.raises(Mistake, match="p_uncond 0.3: must be 1, that of --reflow"):
+        trained(flow, tmp_path, "--p_uncond", 0.3, "--reflow", teacher)
 
 
 def test_reflow_trains_on_the_pairs_of_the_run_it_names(teacher, tmp_path, monkeypatch):
