@@ -14,7 +14,8 @@ transport (Tong et al., arXiv 2302.00482: [OT]) and reflow ([RF] Alg. 1). [CFG]:
 
 Departures from the papers:
   1. the network is the small U-Net of conditional_diffusion_example.py, the learning
-     rate decays by a cosine, and the weights are averaged; an MLP for points;
+     rate decays by a cosine, the weights are averaged, and sigma_min is 0; an MLP for
+     points;
   2. training draws t around 0.3 more often (`drawing`), after arXiv 2403.03206;
   3. reflow starts from the weights of the flow that drew its pairs.
 """
@@ -54,7 +55,7 @@ class Config:
     beta_max: Positive = 20.0    # vp: beta(s) at s = 1 (paper: 20)
     coupling: Literal["independent", "ot"] = "independent"  # ([OT]: both)
     reflow: str = ""             # run whose noises and samples are the pairs ([RF])
-    pairs: Count = 4000          # number of pairs that reflow draws ([RF]: millions)
+    pairs: Count = 4000          # number of pairs that reflow draws
     p_uncond: Probability = 1.0  # probability of a null label; 1: no labels at all
     # sampling
     sampler: Sampler = "euler"   # ODE solver (paper: dopri5, midpoint, euler)

@@ -166,6 +166,15 @@ def experiment(name):
     return module
 
 
+def awake(network):
+    """The network with no weight left at the zero that it starts from."""
+    with torch.no_grad():
+        for p in network.parameters():
+            if not p.any():
+                p.normal_(std=0.3)
+    return network.eval()
+
+
 def environment():
     """The environment of a script's process: one thread, nothing of an outer torchrun."""
     kept = {k: v for k, v in os.environ.items()

@@ -8,7 +8,7 @@ import score_based_diffusion_example as sb
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, awake
 from torch.testing import assert_close
 
 sys.path.append(str(ROOT / "experiments"))
@@ -30,15 +30,6 @@ NETWORKS = {
     "page, unet, fourier": lambda: sb.UNet(1, 8, 8, (1, 2), 1, (4,), groups=4, dropout=0.0, patch=2, fourier=True),
     **{name: partial(small, **options) for name, options in OPTIONS.items()}}
 every_network = pytest.mark.parametrize("name", NETWORKS)
-
-
-def awake(network):
-    """The network with no weight left at the zero that it starts from."""
-    with torch.no_grad():
-        for p in network.parameters():
-            if not p.any():
-                p.normal_(std=0.3)
-    return network.eval()
 
 
 @pytest.mark.parametrize("preset, parameters", [("ddpmpp", 61_804_419), ("ncsnpp", 62_758_787)])

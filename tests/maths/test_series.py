@@ -4,21 +4,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, awake
 from exact_scores import SDES, Correlated
 from torch.testing import assert_close
 
 sys.path.append(str(ROOT / "experiments"))
 import series  # noqa: E402
-
-
-def awake(network):
-    """The network with no weight left at the zero that it starts from."""
-    with torch.no_grad():
-        for p in network.parameters():
-            if not p.any():
-                p.normal_(std=0.3)
-    return network.eval()
 
 
 # The network
