@@ -273,8 +273,7 @@ def parse_args(Config, presets, argv=None):
     """
     if argv is None:  # in a notebook the arguments are the kernel's own
         argv = [] if Path(sys.argv[0]).name in KERNELS else sys.argv[1:]
-    parser = _parser(Config, presets)
-    parser.argv = argv
+    parser = _parser(Config, presets, argv)
     values = vars(parser.parse_args(argv))
     names = {field.name for field in dataclasses.fields(Config)}
     opts = argparse.Namespace(**{k: v for k, v in values.items() if k not in names})
@@ -318,10 +317,14 @@ def check_seed(seed, where):
         raise Mistake(f"{where}: the seed must be a whole number in [0, 2^63)")
 
 
-def _parser(Config, presets):
-    """The parser: the settings of a run, then a flag for each field of Config."""
+def _parser(Config, presets, argv):
+    """The parser of argv: the settings of a run, then a flag for each field of Config.
+
+    Reading a page for its comments takes a while, so only --help does it.
+    """
     about = (getattr(inspect.getmodule(Config), "__doc__", None) or "").strip()
     parser = _Parser(description=about.partition("\n\n")[0], allow_abbrev=False)
+    parser.argv = argv
     run = parser.add_argument_group("the run").add_argument
     switch = argparse.BooleanOptionalAction
     run("--preset", choices=list(presets), help="named settings to start from")
@@ -343,7 +346,7 @@ def _parser(Config, presets):
     run("--tensorboard", action="store_true", help="write a log for TensorBoard, too")
 
     group = parser.add_argument_group("hyperparameters (they override the preset)")
-    comments = _comments(Config)
+    comments = _comments(Config) if {"-h", "--help"} & set(argv) else {}
     hints = get_type_hints(Config, include_extras=True)
     for field in dataclasses.fields(Config):
         kind, allowed, words = _read_hint(hints[field.name])
