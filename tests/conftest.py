@@ -6,6 +6,8 @@ import inspect
 import io
 import os
 import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import plotting
@@ -17,7 +19,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "experiments"))  # as for a script that is started there
 torch.set_num_threads(1)  # the tensors here are small, and two test runs may share a machine
+plotting.STYLE |= {"figure.dpi": 40, "savefig.bbox": None}  # small figures are drawn faster
 
 
 class ExactEps:
@@ -175,11 +179,34 @@ def awake(network):
     return network.eval()
 
 
-def environment():
-    """The environment of a script's process: one thread, nothing of an outer torchrun."""
-    kept = {k: v for k, v in os.environ.items()
-            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    return kept | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+# Of a script's process: one thread, nothing of an outer torchrun
+ENVIRONMENT = {name: value for name, value in os.environ.items()
+               if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+               } | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+
+
+def beside(begin):
+    """Decorator of a test: begin(folder) is called beside the other tests, and its result is the fixture `done`."""
+    def decorate(test):
+        test.begin = begin
+        return test
+
+    return decorate
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _beside(request, tmp_path_factory):
+    """The processes of the selected tests: a second core runs them one after the other, from the start."""
+    with ThreadPoolExecutor(1) as pool:
+        yield {item.name: pool.submit(item.function.begin, tmp_path_factory.mktemp(item.function.begin.__name__))
+               for item in request.session.items if hasattr(getattr(item, "function", None), "begin")}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def done(request, _beside):
+    """What begin of @beside(begin) has returned."""
+    return _beside[request.node.name].result()
 
 
 def only_run(out, script):

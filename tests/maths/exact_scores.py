@@ -29,8 +29,7 @@ class Mixture:
         variance = m**2 * self.s**2 + std**2
         gap = x[:, None].flatten(2) - m[..., None] * self.mu
         D = gap.shape[2]
-        log_p = self.w.log() - 0.5 * (gap**2).sum(2) / variance - 0.5 * D * (
-            2 * math.pi * variance).log()
+        log_p = self.w.log() - 0.5 * (gap**2).sum(2) / variance - 0.5 * D * (2 * math.pi * variance).log()
         return gap, variance, log_p
 
     def logp(self, x, t):

@@ -1,18 +1,18 @@
-"""Guidance against closed forms, and what training gives the network and the noisy classifier."""
+"""Guidance against closed forms, and what training gives the noisy classifier.
 
-import json
+The labels of the network's own training are in tests/plumbing/test_conditional_figures.py.
+"""
+
 import math
 from dataclasses import replace
 
 import common.data
 import conditional_diffusion_example as cond
-from common import quality
 from common.data import Data
-from experiments import compare
 
 import pytest
 import torch
-from conftest import assert_same_tree, mean_and_cov, mixture_eps, only_run, open_run, spied
+from conftest import assert_same_tree, mean_and_cov, mixture_eps, open_run, spied
 from torch.distributions import MultivariateNormal
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -96,7 +96,7 @@ def test_v_loss_is_the_squared_error_of_v(kind, T, beta_T):
 
 
 def test_w_0_is_conditional_and_w_minus_1_unconditional_exactly():
-    """By one call of the network, which is asked for the null class besides; each picture may have its own w."""
+    """By one call of the network, which is asked for the null class besides."""
     calls = []
 
     def model(x, t, y):
@@ -105,18 +105,13 @@ def test_w_0_is_conditional_and_w_minus_1_unconditional_exactly():
 
     model.classes = 7
     x, t, y = torch.randn(4, 1, 2, 2), torch.tensor([1, 5, 9, 2]), torch.tensor([0, 3, 6, 3])
-    with_label, without = model(x, t, y), model(x, t, torch.full_like(y, 7))
-    calls.clear()
-    assert torch.equal(cond.cfg_eps(model, x, t, y, 0.0), with_label)
-    assert torch.equal(cond.cfg_eps(model, x, t, y, -1.0), without)
-    assert len(calls) == 2
-    found = cond.cfg_eps(model, x, t, y, torch.tensor([-1.0, 0.0, 2.0, 3.5]))
-    for i, w in enumerate([-1.0, 0.0, 2.0, 3.5]):
-        assert_close(found[i], (1 + w) * with_label[i] - w * without[i])
+    for w, asked in ((0.0, y), (-1.0, torch.full_like(y, 7))):
+        assert torch.equal(cond.cfg_eps(model, x, t, y, w), model(x, t, asked))
+    assert len(calls) == 4
 
 
 def test_both_guidances_are_the_tempered_score_at_every_t():
-    """The score of p(x_t) p(y | x_t)^(1 + w), by autograd."""
+    """The score of p(x_t) p(y | x_t)^(1 + w), by autograd; each picture has its own w."""
     schedule = double(cond.make_schedule("linear", 1000))
     exact = exact_network(schedule)
     classifier, t = Logits(exact), torch.linspace(1, 1000, 200).long()
@@ -162,10 +157,7 @@ def test_ancestral_classifier_guidance_moves_the_mean_by_s_sigma_gradient(varian
         p = (x.flatten(1) * moves).softmax(1)
         # the gradient of log softmax_y: m_i ((i == y) - p_i) along x_i
         gradient = moves * (F.one_hot(y, 2) - p)
-        beta, bar, before = schedule.betas[t], schedule.alpha_bars[t], schedule.alpha_bars[t - 1]
-        x0_hat = x / bar.sqrt()  # the network says eps_hat = 0
-        mean = (before.sqrt() * beta * x0_hat + (1 - beta).sqrt() * (1 - before) * x) / (1 - bar)
-        sigma2 = beta if variance == "beta" else beta * (1 - before) / (1 - bar)
+        mean, sigma2 = cond.p_theta(lambda x, t: 0 * x, x, t, schedule, variance, False)
         z = torch.randn_like(x) if t > 1 else 0
         x = mean + s.view(-1, 1, 1, 1) * sigma2 * gradient.view(6, 2, 1, 1) + sigma2.sqrt() * z
     assert found[5][0] == 0 and len(found) == 6
@@ -196,7 +188,7 @@ def test_a_classifier_pushes_what_is_already_clamped(sampler):
 @pytest.mark.parametrize("guidance", ["classifier_free", "none"])
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
 def test_the_process_is_the_plain_sampler_with_a_guided_network(guidance, sampler):
-    """S, eta, spacing, variance and clip_x0 of the Config reach the steps, and nothing else does."""
+    """S, eta, spacing, variance and clip_x0 of the Config reach the steps that have them."""
     schedule = double(cond.make_schedule("linear", 12))
     exact = exact_network(schedule)
     xT, y = torch.randn(5, 2, 1, 1, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
@@ -205,31 +197,24 @@ def test_the_process_is_the_plain_sampler_with_a_guided_network(guidance, sample
     def guided(x, t):
         return exact(x, t, y) if guidance == "none" else cond.cfg_eps(exact, x, t, y, w)
 
-    start = cond.Config(guidance=guidance, sampler=sampler, S=5, eta=0.3)
-    changes, ends = ({}, {"S": 3}, {"eta": 0.9}, {"spacing": "quadratic"}, {"variance": "beta"}, {"clip_x0": False}), []
-    for change in changes:
-        cfg = replace(start, **change)
+    for clip_x0 in (True, False):
+        cfg = cond.Config(guidance=guidance, sampler=sampler, S=5, eta=0.3, spacing="quadratic", variance="beta",
+                          clip_x0=clip_x0)
         torch.manual_seed(4)
         found = list(cond.guided_process(cfg, exact, xT, schedule, y, w))
         torch.manual_seed(4)
         if sampler == "ddim":
-            wanted = cond.ddim_process(guided, xT, schedule, cfg.S, cfg.eta, cfg.spacing, cfg.clip_x0)
+            wanted = list(cond.ddim_process(guided, xT, schedule, 5, 0.3, "quadratic", clip_x0))
         else:
-            wanted = cond.reverse_process(guided, xT, schedule, cfg.variance, cfg.clip_x0)
-        for (t, x), (wanted_t, wanted_x) in zip(found, wanted, strict=True):
-            assert t == wanted_t
-            assert_close(x, wanted_x, rtol=1e-7, atol=1e-7)
-        ends.append(x)
-    torch.manual_seed(4)
-    assert torch.equal(cond.sample(cfg, exact, xT, schedule, y, w), x)
-    matter = {"S", "eta", "spacing", "clip_x0"} if sampler == "ddim" else {"variance", "clip_x0"}
-    for change, end in zip(changes[1:], ends[1:], strict=True):
-        assert ((end - ends[0]).abs().max() > 1e-4) == bool(set(change) & matter), change
+            wanted = list(cond.reverse_process(guided, xT, schedule, "beta", clip_x0))
+        assert [t for t, _ in found] == [t for t, _ in wanted]
+        assert_close([x for _, x in found], [x for _, x in wanted], rtol=1e-7, atol=1e-7)
+        torch.manual_seed(4)
+        assert torch.equal(cond.sample(cfg, exact, xT, schedule, y, w), found[-1][1])
 
 
-@pytest.mark.slow
 def test_samples_follow_the_class_at_w_0_and_the_whole_mixture_at_w_minus_1():
-    schedule, n = double(cond.make_schedule("linear", 100)), 800
+    schedule, n = double(cond.make_schedule("linear", 100)), 600
     exact = exact_network(schedule)
     y = torch.cat([torch.arange(3).repeat_interleave(n), torch.zeros(n, dtype=torch.int64)])
     w = torch.cat([torch.zeros(3 * n), -torch.ones(n)])
@@ -255,185 +240,94 @@ def test_labels_are_dropped_one_by_one_at_the_right_rate():
     assert torch.equal(y, torch.arange(10).repeat(4000))
 
 
-# The loops: what the networks are given
+# The noisy classifier
 
 
-@pytest.fixture(scope="module")
-def coded():
-    """Pictures of one grey each, that of their class: a picture says its label.
+class Linear(torch.nn.Module):
+    """A classifier in place of the convolutional one, wrong at first, which keeps what it is asked."""
 
-    Held-out pictures are a little lighter; the classes come in no order.
-    """
-    def part(n, shift):
-        y = torch.randperm(n, generator=torch.Generator().manual_seed(n)) % 10
-        return (y / 5 - 0.9 + shift).view(-1, 1, 1, 1).expand(n, 1, 8, 8).contiguous(), y
+    asked = []
 
-    (train, train_labels), (test, test_labels) = part(300, 0.0), part(30, 0.05)
-    return Data("coded", train, test, train_labels, test_labels, tuple("abcdefghij"))
+    def __init__(self, *_, **__):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+        torch.nn.init.normal_(self.layer.weight, std=0.5)
 
-
-def label_of(x):
-    """The class of coded training pictures; a grey of no class is 99."""
-    grey = (x.mean((1, 2, 3)) + 0.9) * 5
-    return torch.where((grey - grey.round()).abs() < 0.01, grey.round(), 99).long()
+    def forward(self, x, t):
+        self.asked.append((x, t))
+        return self.layer(x.flatten(1))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("predict, backbone, schedule, share", [
-    ("v", "unet", "cosine", 0.3), ("eps", "dit", "linear", 0.0)])
-def test_training_gives_each_picture_its_label_or_the_null_class(predict, backbone, schedule, share, tmp_path,
-                                                                 coded, monkeypatch):
-    """[CFG] Alg. 1: y belongs to x_0 and is the null class, 10, with probability p_uncond.
-
-    The loss and the network are those of predict, and both are of the schedule that the flags ask for.
-    """
-    losses, got = [], []
-    for name in ("v_loss", "ddpm_loss"):
-        spied(monkeypatch, cond, name, lambda given, _, name=name: losses.append((name, given)))
-
-    def listen(_, model):
-        def hear(_, args, named):
-            got.append((args[1], named["y"] if "y" in named else (*args, None, None)[2]))
-        model.register_forward_pre_hook(hear, with_kwargs=True)
-
-    spied(monkeypatch, cond, "make_model", listen)
-    cfg, run, _ = open_run(cond, tmp_path, "--batch_size", 200, "--preview_every", 100, "--dit_patch", 4,
-                           "--p_uncond", share, "--predict", predict, "--backbone", backbone,
-                           "--schedule", schedule, "--beta_1", 0.001, "--beta_T", 0.03)
-    model = cond.train(cfg, run, coded)
-    names, given = zip(*losses, strict=True)
-    assert names == ({"v": "v_loss", "eps": "ddpm_loss"}[predict],) * cfg.steps
-    wanted = cond.make_schedule(schedule, 20, 0.001, 0.03)
-    assert all(torch.equal(each["schedule"].alpha_bars, wanted.alpha_bars) for each in given)
-    assert isinstance(model, cond.VPrediction) == (predict == "v")
-    if predict == "v":
-        assert torch.equal(model.alpha_bars, wanted.alpha_bars)
-    assert isinstance(getattr(model, "network", model), {"unet": cond.UNet, "dit": cond.DiT}[backbone])
-    assert not model.training and len(got) == cfg.steps
-
-    x0, (t, y) = torch.cat([each["x0"] for each in given]), map(torch.cat, zip(*got, strict=True))
-    kept = y != 10
-    assert len(y) == 1200 and (label_of(x0) < 10).all()  # of the training part
-    assert torch.equal(y[kept], label_of(x0)[kept])
-    assert abs((~kept).float().mean() - share) < 0.08 * (share > 0) + 1e-9
-    for c in range(10 if share else 0):  # every class loses some, none all
-        assert 0.1 < (~kept)[label_of(x0) == c].float().mean() < 0.5
-    assert set(t.tolist()) == set(range(1, cfg.T + 1))
-
-
-@pytest.mark.slow
-def test_the_noisy_classifier_learns_the_labels_of_noisy_pictures(tmp_path, coded, monkeypatch):
+def test_the_noisy_classifier_learns_the_labels_of_noisy_pictures_and_is_kept(tmp_path, monkeypatch):
     """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps with t over all of 1..T.
 
     Each step takes the gradient of its batch alone, clipped to a norm of 1, by a rate that warms up and decays.
+    The random numbers of the caller stay as they were.
     """
-    monkeypatch.setattr(common.data, "CACHE", tmp_path / "cache")
-    made, batches, given, labels, wanted, rates = [], [], [], [], [], []
+    y = torch.arange(300) % 10
+    x = (y / 5 - 0.9).view(-1, 1, 1, 1).expand(300, 1, 8, 8).contiguous()  # one grey each: a roll changes nothing
+    data = Data("coded", x, x[:30] + 0.05, y, y[:30], tuple("abcdefghij"))
+    batches, norms, rates, step = [], [], [], torch.optim.AdamW.step
+    Linear.asked.clear()
 
-    def listen(_, classifier):
-        made.append(classifier)
-        classifier.register_forward_pre_hook(lambda _, args: given.append(args))
-
-    def hear(asked, loss):
-        labels.append(asked["target"])
-        wanted.append(torch.autograd.grad(loss, list(made[0].parameters()), retain_graph=True))
-
-    def watching(optimizer, *args, **how):
-        norm = torch.cat([g.flatten() for g in wanted[-1]]).norm()
-        for p, gradient in zip(made[0].parameters(), wanted[-1], strict=True):
-            assert_close(p.grad, gradient / max(1, norm), rtol=1e-3, atol=1e-5)
+    def watching(optimizer, *args, **kwargs):
+        weight, bias = optimizer.param_groups[0]["params"]
+        xt = Linear.asked[-1][0].flatten(1)
+        error = ((xt @ weight.mT + bias).softmax(1) - F.one_hot(batches[-1][1], 10)) / len(xt)
+        gradients = error.mT @ xt, error.sum(0)
+        norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+        for p, gradient in zip((weight, bias), gradients, strict=True):
+            assert_close(p.grad, gradient / max(1, norms[-1]), rtol=1e-3, atol=1e-5)
         rates.append(optimizer.param_groups[0]["lr"])
-        return step(optimizer, *args, **how)
+        return step(optimizer, *args, **kwargs)
 
-    step = torch.optim.AdamW.step
+    monkeypatch.setattr(common.data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(cond, "NoisyClassifier", Linear)
     monkeypatch.setattr(torch.optim.AdamW, "step", watching)
-    spied(monkeypatch, cond, "NoisyClassifier", listen)
-    spied(monkeypatch, F, "cross_entropy", hear)
     cfg, run, _ = open_run(cond, tmp_path, "--classifier_steps", 20, "--T", 12, "--warmup", 3)
     spied(monkeypatch, run, "batch", lambda _, out: batches.append(out))
-    schedule = cond.make_schedule("linear", 12)
-    classifier = cond.train_classifier(cfg, run, coded, schedule)
+    schedule, before = cond.make_schedule("linear", 12), torch.get_rng_state()
+    classifier = cond.train_classifier(cfg, run, data, schedule)
+    assert torch.equal(torch.get_rng_state(), before)
     assert not classifier.training and not any(p.requires_grad for p in classifier.parameters())
     assert not run.path("checkpoint.pt").exists()  # the run's own is not replaced
-    assert len(batches) == len(given) == len(labels) == 20
-    norms = [torch.cat([g.flatten() for g in gradients]).norm() for gradients in wanted]
-    assert max(norms) > 1.1  # the clip acts
+    assert len(batches) == len(Linear.asked) == 20 and max(norms) > 1.1  # the clip acts
     assert rates == pytest.approx([3e-3 * min(1, (i + 1) / 3) * (1 + math.cos(math.pi * i / 20)) / 2
                                    for i in range(20)])
 
     x0, y = map(torch.cat, zip(*batches, strict=True))
-    xt, t = map(torch.cat, zip(*given, strict=True))
-    assert torch.equal(torch.cat(labels), y) and torch.equal(label_of(x0), y)
+    xt, t = map(torch.cat, zip(*Linear.asked, strict=True))
+    assert_close(x0.mean((1, 2, 3)), y / 5 - 0.9, rtol=0, atol=1e-3)  # of the training part, with its labels
     assert set(t.tolist()) == set(range(1, 13))
     alpha_bar = schedule.alpha_bars[t].view(-1, 1, 1, 1)
-    eps = (xt - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()  # a roll leaves grey as it is
+    eps = (xt - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
     for value in range(1, 13):
         of_t = eps[t == value]
-        assert_close(of_t.std().item(), 1.0, rtol=0.08, atol=0)
-        assert abs(of_t.mean()) < 0.08
+        assert abs(of_t.std() - 1) < 0.08 and abs(of_t.mean()) < 0.08
+
+    again = cond.train_classifier(cfg, run, data, schedule)
+    assert len(Linear.asked) == 20
+    assert_same_tree(dict(again.state_dict()), dict(classifier.state_dict()))
 
 
-def test_the_noisy_classifier_is_kept_on_disk_unless_it_was_stopped(tmp_path, coded, monkeypatch):
-    """It is trained once, and the random numbers of the caller stay as they were."""
-    monkeypatch.setattr(common.data, "CACHE", tmp_path / "cache")
-    loops, found = [], []
-    torch.manual_seed(5)
-    wanted = torch.rand(1)
-    for stop in (True, False, False):
-        cfg, run, _ = open_run(cond, tmp_path, "--classifier_steps", 1)
-        steps = run.steps
+def test_a_kept_classifier_is_of_its_noise_its_training_and_its_data(tmp_path, monkeypatch):
+    """Each of these settings makes another key in the cache; those of sampling and of the network do not."""
+    keys, x = [], torch.linspace(-1, 1, 20 * 64).view(20, 1, 8, 8)
+    data, other = (Data("greys", part, x, torch.arange(20) % 2, None, ("a", "b")) for part in (x, x.flip(0)))
+    start, run, _ = open_run(cond, tmp_path)
+    monkeypatch.setattr(cond, "cached", lambda name, key, make, fit: keys.append(repr((name, key))) or make())
 
-        def counted(*args, run=run, stop=stop, steps=steps, **kwargs):
-            loops.append(stop)
-            for step in steps(*args, **kwargs):
-                run.stopped = stop
-                yield step
+    def train(data, **changes):
+        cfg = replace(start, **changes)
+        schedule = cond.make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T)
+        cond.train_classifier(cfg, run, data, schedule)
 
-        run.steps = counted
-        torch.manual_seed(5)
-        classifier = cond.train_classifier(cfg, run, coded, cond.make_schedule("linear", 20))
-        assert torch.equal(torch.rand(1), wanted)
-        found.append(dict(classifier.state_dict()))
-    assert loops == [True, False] and len(list((tmp_path / "cache").iterdir())) == 1
-    assert_same_tree(found[1], found[2])
-
-
-# The comparison of both networks
-
-
-@pytest.mark.slow
-def test_compare_shows_each_network_under_its_own_name(tmp_path, coded, monkeypatch, drawings):
-    """U-Net and DiT are each trained for their own number of steps; its samples stand under its score."""
-    noises, values = [], {cond.UNet: 0.25, cond.DiT: 0.75}
-
-    def kind(model):
-        return type(getattr(model, "network", model))
-
-    def cost(model, *_, **__):
-        return {"seconds": {cond.UNet: 1 / 11.5, cond.DiT: 1 / 12.5}[kind(model)]}
-
-    def process(cfg, model, xT, *_):
-        noises.append(xT)
-        yield 0, torch.full_like(xT, values[kind(model)])
-
-    def scores(x, data, y):
-        return {"frechet_distance": 100 * x.mean().item(), "accuracy": x.mean().item()}
-
-    monkeypatch.setattr(compare, "training_cost", cost)
-    monkeypatch.setattr(cond, "guided_process", process)
-    monkeypatch.setattr(quality, "scores", scores)
-    monkeypatch.setattr(compare, "load_images", lambda *_: coded)
-    compare.main(["--preset", "smoke", "--attention", "4", "--seconds", "1", "--device", "cpu", "--out",
-                  str(tmp_path), "--preview_every", "100", "--n_samples", "3"])
-    (first, of_unet), (second, of_dit) = drawings["compare.png"]["parts"]
-    assert first == "unet: 11 steps, Fréchet 25.0, right 25%"
-    assert second == "dit: 12 steps, Fréchet 75.0, right 75%"
-    assert (of_unet == 0.25).all() and (of_dit == 0.75).all() and len(of_unet) == len(of_dit) == 3
-    assert torch.equal(*noises)
-    folder = only_run(tmp_path, "conditional")
-    assert list(json.loads((folder / "metrics.json").read_text())["compare"]) == ["unet", "dit"]
-    for name, steps in (("unet", 11), ("dit", 12)):  # runs of the page, which it can --sample
-        state = torch.load(folder / name / "checkpoint.pt", weights_only=True)
-        config = state["config"]
-        assert (config["backbone"], config["steps"], "seconds" in config) == (name, steps, False)
-        assert any("blocks" in key for key in state["model"]) == (name == "dit")
+    train(data)
+    train(other)
+    for change in ({"schedule": "cosine"}, {"T": 30}, {"beta_1": 0.002}, {"beta_T": 0.03}, {"classifier_steps": 5},
+                   {"warmup": 9}, {"decay": "constant"}, {"flip": True}):
+        train(data, **change)
+    assert len(set(keys)) == len(keys) == 10
+    for change in ({"n_samples": 7}, {"channels": 16}, {"sampler": "ancestral"}):
+        train(data, **change)
+        assert keys[-1] == keys[0]

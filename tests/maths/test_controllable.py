@@ -1,22 +1,15 @@
 """experiments/controllable.py: completing and colouring from exact scores, masks, the noisy classifier."""
 
-import sys
-from dataclasses import replace
-
-import conditional_diffusion_example as cond
 import score_based_diffusion_example as sb
-from common.data import Data
-from common.run import open_run
 
 import pytest
 import torch
-from conftest import ROOT, spied
+from conftest import experiment, spied
 from exact_scores import SDES, Correlated, gaussian
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-sys.path.append(str(ROOT / "experiments"))
-import controllable  # noqa: E402
+controllable = experiment("controllable")
 
 
 @pytest.mark.parametrize("name", ["ve", "vp"])
@@ -24,29 +17,10 @@ def test_independent_dimensions_are_completed_as_they_are_drawn(name):
     """Then the method is exact. What is known is kept to the last bit, in its own dtype."""
     sde = SDES[name]()
     known = torch.tensor([0.875, 0.0]).double().expand(4000, 2)
-    found = controllable.inpaint(gaussian(sde), sde, known, torch.tensor([True, False]), 200)
+    found = controllable.inpaint(gaussian(sde), sde, known, torch.tensor([True, False]), 100)
     assert found.dtype == torch.float64 and (found[:, 0] == 0.875).all()
     assert found[:, 1].mean().item() == pytest.approx(-0.3, abs=0.04)
     assert found[:, 1].std().item() == pytest.approx(0.5, rel=0.06)
-
-
-def test_the_predictor_and_the_correctors_of_the_config_complete():
-    """cfg says which predictor, how many corrector steps and of which ratio."""
-    sde, seen = SDES["vp"](), []
-    cfg = controllable.Config(predictor="flow", inpaint_corrector=3, inpaint_snr=0.3)
-    predictor, correctors = controllable.settings(cfg)
-    assert predictor is sb.flow_step and len(correctors) == 3
-    x, torch_state = torch.randn(5, 2), torch.get_rng_state()
-    found = correctors[0](lambda x, t: -x, x, 0.5, 0.9)
-    torch.set_rng_state(torch_state)
-    assert_close(found, sb.langevin_step(lambda x, t: -x, x, 0.5, 0.9, 0.3), rtol=0, atol=0)
-
-    def correct(score, x, t, alpha):
-        seen.append(t)
-        return x
-
-    controllable.inpaint(lambda x, t: -x, sde, x, x > 0, 7, predictor, [correct] * 2)
-    assert len(seen) == 14
 
 
 @pytest.mark.parametrize("name", ["ve", "vp", "subvp"])
@@ -57,25 +31,22 @@ def test_colourings_keep_the_grey_and_draw_the_rest(name, monkeypatch):
     cov = 0.36 * one + 0.04 * (torch.eye(3).double() - one)
     data = Correlated(sde, [0.0, 0.0, 0.0], cov.tolist())
     spied(monkeypatch, sb, "imputation", lambda given, _: bases.append(given["basis"]))
-    grey = torch.linspace(-0.5, 0.5, 3000).double().view(-1, 1, 1, 1)
+    grey = torch.linspace(-0.5, 0.5, 2000).double().view(-1, 1, 1, 1)
 
     def score(x, t):
         return data(x[..., 0, 0], t)[..., None, None]
 
-    found = controllable.colorize(score, sde, grey, 200)
-    assert found.shape == (3000, 3, 1, 1)
+    found = controllable.colorize(score, sde, grey, 100)
+    assert found.shape == (2000, 3, 1, 1)
     assert_close(found.mean(1, keepdim=True), grey)
     basis, = bases
     assert_close(basis @ basis.mT, torch.eye(3).double(), rtol=0, atol=1e-6)
     assert_close(basis[0], torch.full((3,), 3**-0.5).double(), rtol=1e-6, atol=0)
     colour = (found - grey)[..., 0, 0]
     assert torch.cov(colour.T).sub(0.04 * (torch.eye(3) - one)).abs().max() < 0.006
-    assert torch.corrcoef(torch.cat([colour.T, grey.view(1, -1)]))[3, :3].abs().max() < 0.08
-
-
-def test_colouring_needs_grey():
+    assert torch.corrcoef(torch.cat([colour.T, grey.view(1, -1)]))[3, :3].abs().max() < 0.12
     with pytest.raises(ValueError, match="grey: must have one channel"):
-        controllable.colorize(lambda x, t: -x, sb.VPSDE(), torch.zeros(2, 3, 4, 4), 3)
+        controllable.colorize(score, sde, found, 3)
 
 
 def test_masks_say_what_is_known():
@@ -95,16 +66,13 @@ def test_masks_say_what_is_known():
     assert odd["border"].sum() == 3 * 3 and odd["half"].sum() == 5 * 4
 
 
-# The noisy classifier, which the conditional page has too
-
-both_scripts = pytest.mark.parametrize("script", [cond, controllable], ids=["conditional", "controllable"])
-
-
-@both_scripts
 @pytest.mark.parametrize("shape", [(1, 4, 4), (1, 4, 12), (1, 28, 28), (3, 7, 9)])
-def test_the_classifier_hears_the_time_and_pools_pictures_of_every_size_to_two_by_two(script, shape):
-    """Of 4 x 4 pixels a single one is left, which stands for all four. Its gradient reaches every picture."""
-    net, pooled = script.NoisyClassifier(shape[0], 7, 8, 4, patch=2 if shape[1] % 2 == 0 else 1).eval(), []
+def test_the_classifier_hears_the_time_and_pools_pictures_of_every_size_to_two_by_two(shape):
+    """Of 4 x 4 pixels a single one is left, which stands for all four. Its gradient reaches every picture.
+
+    The classifier of the conditional page is the same text.
+    """
+    net, pooled = controllable.NoisyClassifier(shape[0], 7, 8, 4, patch=2 if shape[1] % 2 == 0 else 1).eval(), []
     for block in (net.block1, net.block2, net.block3):
         torch.nn.init.normal_(block.conv2.weight, std=0.3)
     net.norm_out.register_forward_hook(lambda _, __, out: pooled.append(F.silu(out)))
@@ -119,38 +87,3 @@ def test_the_classifier_hears_the_time_and_pools_pictures_of_every_size_to_two_b
     gradient, = torch.autograd.grad(logits.log_softmax(1)[:, 2].sum(), x)
     assert gradient.isfinite().all() and (gradient.flatten(1).abs().amax(1) > 1e-6).all()
     assert net.double()(x.double(), torch.ones(3)).dtype == torch.float64
-
-
-@both_scripts
-def test_a_kept_classifier_is_of_its_noise_its_training_and_its_data(script, tmp_path, monkeypatch):
-    """Each of these settings makes another key in the cache; those of sampling and of the network do not."""
-    keys, x = [], torch.linspace(-1, 1, 20 * 64).view(20, 1, 8, 8)
-    data, other = (Data("greys", part, x, torch.arange(20) % 2, None, ("a", "b")) for part in (x, x.flip(0)))
-
-    def cached(name, key, make, fit):
-        keys.append(repr((name, key)))
-        return make()
-
-    def train(changes, data=data):
-        cfg = replace(start, **changes)
-        if script is cond:
-            schedule = cond.make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T)
-            script.train_classifier(cfg, run, data, schedule)
-        else:
-            script.train_classifier(cfg, run, sb.make_sde(cfg), data)
-
-    monkeypatch.setattr(script, "cached", cached)
-    argv = ["--preset", "smoke", "--device", "cpu", "--out", str(tmp_path)]
-    start, run = open_run("classifier", script.Config, script.PRESETS, script.SAMPLING, argv)
-    noise = {
-        cond: [{"schedule": "cosine"}, {"T": 30}, {"beta_1": 0.002}, {"beta_T": 0.03}],
-        controllable: [{"sde": "subvp"}, {"beta": "cosine"}, {"beta_min": 0.2}, {"beta_max": 19.0}, {"sde": "ve"},
-                       {"sde": "ve", "sigma_min": 0.04}, {"sde": "ve", "sigma_max": 60.0}]}[script]
-    changes = [{}, *noise, {"classifier_steps": 5}, {"warmup": 9}, {"decay": "constant"}, {"flip": True}]
-    for change in changes:
-        train(change)
-    train({}, other)
-    assert len(set(keys)) == len(keys)
-    for change in ({"n_samples": 7}, {"channels": 16}, {"sampler": "ancestral" if script is cond else "em"}):
-        train(change)
-        assert keys[-1] == keys[0]

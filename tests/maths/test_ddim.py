@@ -50,16 +50,13 @@ def recorded(model):
 
 
 @pytest.mark.parametrize("spacing", ["linear", "quadratic"])
-@pytest.mark.parametrize("T, S", [(1000, S) for S in (1, 2, 3, 7, 50, 999, 1000)] + [(20, 20), (7, 3)])
+@pytest.mark.parametrize("T, S", [*((1000, S) for S in (1, 2, 3, 7, 50, 999, 1000)), (20, 20), (7, 3)])
 def test_timesteps_are_distinct_ascending_and_end_in_T(T, S, spacing):
     tau = ddim.ddim_timesteps(T, S, spacing)
     assert len(tau) == len(set(tau)) == S and tau == sorted(tau)
     assert tau[0] >= 1 and tau[-1] == T
-
-
-def test_timesteps_are_those_of_the_formula():
-    assert ddim.ddim_timesteps(1000, 4) == [250, 500, 750, 1000]
-    assert ddim.ddim_timesteps(1000, 4, "quadratic") == [62, 250, 562, 1000]
+    assert ddim.ddim_timesteps(1000, 4, spacing) == {
+        "linear": [250, 500, 750, 1000], "quadratic": [62, 250, 562, 1000]}[spacing]
 
 
 @pytest.mark.parametrize("clip_x0", [True, False])
@@ -85,13 +82,6 @@ def test_the_process_takes_the_steps_of_eq_12_and_16_along_tau(schedule, eta, cl
     assert torch.equal(ddim.ddim_sample(model, xT, schedule, 4, eta, "quadratic", clip_x0), states[-1][1])
 
 
-@pytest.mark.parametrize("S", [1, 999, 1000])
-def test_any_number_of_steps_asks_once_at_each_t_of_tau(schedule, S):
-    model, asked = recorded(lambda x, t: 0.1 * x)
-    assert ddim.ddim_sample(model, noise(3), schedule, S, 1.0).isfinite().all()
-    assert [t for t, _ in asked] == ddim.ddim_timesteps(1000, S)[::-1]
-
-
 def test_eta_0_follows_the_flow_at_first_order(schedule):
     """The probability-flow ODE of a Gaussian rescales the distance to the mean."""
     xT, a, errors = noise(), schedule.alpha_bars[-1], []
@@ -105,7 +95,7 @@ def test_eta_0_follows_the_flow_at_first_order(schedule):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_a_mixture_keeps_its_modes(schedule, eta):
     exact = mixture_eps(schedule.alpha_bars)
-    x = ddim.ddim_sample(exact, noise(2000, 2), schedule, 100, eta, clip_x0=False)
+    x = ddim.ddim_sample(exact, noise(2000, 2), schedule, 80, eta, clip_x0=False)
     assert_close(exact.nearest(x), exact.weights, rtol=0, atol=0.06)
     which = torch.cdist(x.flatten(1), exact.means).argmin(1)
     for k in range(3):

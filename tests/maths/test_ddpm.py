@@ -1,23 +1,26 @@
-"""The mathematics, the U-Net and the training of ddpm_example.py, against closed forms.
+"""The mathematics and the training of ddpm_example.py, against closed forms. Its network is in test_networks.py.
 
 What other pages repeat is one text (tests/plumbing/test_drift.py), and is tested here for all of them.
 """
 
 import math
 
+import conditional_diffusion_example as conditional
 import ddpm_example as ddpm
+import flow_matching_example as flow
+import score_based_diffusion_example as score_based
 
 import numpy as np
 import pytest
 import torch
-from conftest import ExactEps, gaussian_eps, mean_and_cov, mixture_eps, open_run, spied
+from conftest import ExactEps, mean_and_cov, mixture_eps, open_run, spied
 from scipy import stats
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 ONE, ZERO = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-KINDS = ("linear", "cosine")
-each_kind = pytest.mark.parametrize("kind", KINDS)
+each_kind = pytest.mark.parametrize("kind", ["linear", "cosine"])
 each_variance = pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 
 
@@ -124,7 +127,8 @@ def test_predict_x0_undoes_q_sample_and_t_0_is_clean():
 # Training objective
 
 
-def test_logit_normal_t_are_the_sigmoid_of_a_normal_one_in_each_nth_but_for_one_of_sixteen():
+def test_t_are_uniform_on_1_to_T_or_in_equal_quantiles_of_a_logit_normal():
+    """But for one in sixteen, which is uniform; each from its whole quantile, not from the middle of it."""
     T, n, normal = 1000, 64, torch.distributions.Normal(-0.2, 0.8)
     t = torch.stack([ddpm.draw_t(n, T, "logit_normal") for _ in range(1000)])
     assert t.dtype == torch.int64 and t.shape == (1000, n) and t.min() == 1 and t.max() == T
@@ -133,12 +137,9 @@ def test_logit_normal_t_are_the_sigmoid_of_a_normal_one_in_each_nth_but_for_one_
         wanted = (fraction + 15 * normal.cdf(torch.logit(torch.tensor(fraction))).item()) / 16
         assert below.mean() == pytest.approx(wanted, abs=0.006)
     assert (t <= 500).double().mean(1).std() < 0.03  # of independent draws 0.062
-    assert torch.bincount(t[:, 10])[266:281].count_nonzero() >= 9  # from a part, not its middle
-    assert set(ddpm.draw_t(1000, 1, "logit_normal").tolist()) == {1}
-    assert set(ddpm.draw_t(1000, 2, "logit_normal").tolist()) == {1, 2}
-
-
-def test_uniform_t_are_on_1_to_T():
+    assert torch.bincount(t[:, 10])[266:281].count_nonzero() >= 9
+    for few in (1, 2):
+        assert set(ddpm.draw_t(1000, few, "logit_normal").tolist()) == set(range(1, few + 1))
     t = ddpm.draw_t(20_000, 5, "uniform")
     assert t.dtype == torch.int64 and t.shape == (20_000,)
     shares = torch.bincount(t, minlength=7).double() / len(t)
@@ -175,102 +176,52 @@ def test_discrete_decoder_sums_to_1_and_matches_float64(mean, sigma):
     edges[0], edges[-1] = -np.inf, np.inf  # Eq. 13 is open at both ends
     z = (edges - mean) / sigma
     low, high = z[:-1], z[1:]
-    mass = np.where(low > 0, stats.norm.sf(low) - stats.norm.sf(high),
-                    stats.norm.cdf(high) - stats.norm.cdf(low))
+    mass = np.where(low > 0, stats.norm.sf(low) - stats.norm.sf(high), stats.norm.cdf(high) - stats.norm.cdf(low))
     likely = torch.from_numpy(mass > 1e-12)
-    assert_close(found[likely].double(), torch.from_numpy(np.log(mass.clip(1e-300)))[likely],
-                 rtol=5e-3, atol=5e-3)
+    assert_close(found[likely].double(), torch.from_numpy(np.log(mass.clip(1e-300)))[likely], rtol=5e-3, atol=5e-3)
     assert torch.isfinite(found).all() and (found <= 1e-6).all()  # far away, too
 
 
-def eight_bit(n, s2):
-    """n pixels of N(0, s2), clamped and rounded as 8-bit images are."""
-    x0 = (torch.randn(n, 1, 1, 1) * s2**0.5).clamp(-1, 1)
-    return ((x0 + 1) * 127.5).round() / 127.5 - 1
-
-
 @each_variance
-@pytest.mark.parametrize("T", [200, 20])
-def test_variational_bound_against_its_closed_form(variance, T):
-    """Data N(0, s^2) with its exact eps, linear in x_t, so that every expectation is known.
+@pytest.mark.parametrize("kind, T", [("linear", 30), ("cosine", 30), ("linear", 1)])
+def test_the_terms_of_the_bound_are_those_of_eq_5_draw_by_draw(kind, T, variance):
+    """L_0 by the decoder, L_{t-1} and L_T as KL divergences by torch.distributions, without a gradient.
 
-    The terms of the reference come from Eq. 12, which the script does not use.
+    By Eq. 12 L_{t-1} is also a constant and the weight of |eps - eps_hat|^2, of any network.
     """
-    schedule, s2 = ddpm.make_schedule("linear", T), 0.2
-    exact = ExactEps(schedule.alpha_bars, [1.0], [[0.0]], [[[s2]]])
-    x0, ts = eight_bit(40_000, s2), [2, 5, T // 2, T - 1, T]
+    schedule, factor = ddpm.make_schedule(kind, T), torch.tensor(0.3, requires_grad=True)
+    x0 = torch.cat([torch.randint(256, (20,)), torch.tensor([0, 255])]).view(-1, 1, 1, 1) / 127.5 - 1
 
-    def term(t):
-        return ddpm.bound_term(exact, x0, t, schedule, variance, False).mean().item()
+    def network(x, t):
+        return factor * x
 
-    double = (x0.double() ** 2).mean().item()
-    betas, bars = schedule.betas.double(), schedule.alpha_bars.double()
-    for t in ts:
-        beta, bar, bar_prev = betas[t].item(), bars[t].item(), bars[t - 1].item()
-        tilde = (1 - bar_prev) / (1 - bar) * beta
-        sigma2 = beta if variance == "beta" else tilde
-        a = math.sqrt(1 - bar) / (bar * s2 + 1 - bar)  # eps_hat = a * x_t
-        error = a**2 * bar * double + (1 - a * math.sqrt(1 - bar)) ** 2  # E (eps - eps_hat)^2
-        kl = beta**2 / (2 * sigma2 * (1 - beta) * (1 - bar)) * error  # Eq. 12
-        kl += 0.5 * (tilde / sigma2 - 1 - math.log(tilde / sigma2))
-        assert_close(term(t), kl, rtol=0.04, atol=1e-6)
-
-    beta, clean = betas[1].item(), x0.double().flatten().numpy()
-    sigma = ((1 - bars[1]) / (1 - bars[2]) * betas[2]).sqrt().item()  # as in the authors' code
-    a = math.sqrt(beta) / ((1 - beta) * s2 + beta)
-    noise = np.random.default_rng(0).normal(size=clean.shape)
-    x1 = math.sqrt(1 - beta) * clean + math.sqrt(beta) * noise
-    mean = (x1 - math.sqrt(beta) * a * x1) / math.sqrt(1 - beta)
-    high = np.where(clean > 0.999, np.inf, (clean + 1 / 255 - mean) / sigma)
-    low = np.where(clean < -0.999, -np.inf, (clean - 1 / 255 - mean) / sigma)
-    mass = stats.norm.cdf(high) - stats.norm.cdf(low)
-    assert_close(term(1), -np.log(mass).mean().item(), rtol=0, atol=0.03)
-
-    few = x0[:3000]  # every term once, in bits: L_0, ..., L_{T-1} as above, and L_T
-    bound = ddpm.variational_bound(exact, few, schedule, variance, False)
+    torch.manual_seed(1)
+    bound = ddpm.variational_bound(network, x0, schedule, variance, False)
     assert len(bound) == T + 1
-    for t in (1, *ts):
-        assert_close(bound[t - 1], term(t) / math.log(2), rtol=0.15, atol=1e-5)
-    bar, double = bars[-1].item(), (few.double() ** 2).mean().item()
-    prior = 0.5 * (bar * double + (1 - bar) - 1 - math.log1p(-bar)) / math.log(2)
-    assert_close(bound[T], prior, rtol=0.05, atol=1e-7)
-
-
-def test_variational_bound_is_above_the_entropy_and_least_for_the_exact_eps():
-    """No model codes N(0, s^2) in bins of 2/255 in fewer bits than its entropy."""
-    s2, schedule = 0.05, ddpm.make_schedule("linear", 20)
-    exact, x0 = ExactEps(schedule.alpha_bars, [1.0], [[0.0]], [[[s2]]]), eight_bit(4000, s2)
-    good = ddpm.variational_bound(exact, x0, schedule, "beta", False)
-    poor = ddpm.variational_bound(lambda x, t: 0.8 * exact(x, t), x0, schedule, "beta", False)
-    entropy = 0.5 * math.log2(2 * math.pi * math.e * s2) + math.log2(127.5)
-    assert entropy - 0.04 < sum(good) < sum(poor)
-
-
-@each_variance
-def test_a_single_step_has_a_finite_bound(variance):
-    x0, schedule = torch.zeros(2, 1, 2, 2), ddpm.make_schedule("linear", 1)
-    bound = ddpm.variational_bound(lambda x, t: x, x0 + 1 / 255, schedule, variance, False)
-    assert len(bound) == 2 and all(math.isfinite(term) and term > 0 for term in bound)
-
-
-@each_variance
-def test_the_weight_of_eq_12_makes_the_bound_of_the_error_of_eps(variance):
-    """Draw by draw and pixel by pixel: L_{t-1} - C = weight |eps - eps_hat|^2, without a gradient."""
-    schedule, x0 = ddpm.make_schedule("cosine", 30), torch.rand(4, 1, 3, 3) * 2 - 1
-    factor = torch.tensor(0.3, requires_grad=True)
-    for t in (2, 11, 30):
-        torch.manual_seed(t)
+    torch.manual_seed(1)
+    for t in range(1, T + 1):
+        state = torch.get_rng_state()
+        term = ddpm.bound_term(network, x0, t, schedule, variance, False)
+        torch.set_rng_state(state)
         eps = torch.randn_like(x0)
-        torch.manual_seed(t)
-        term = ddpm.bound_term(lambda x, t: factor * x, x0, t, schedule, variance, False)
-        error = (eps - 0.3 * ddpm.q_sample(x0, t, eps, schedule.alpha_bars)) ** 2
-        ratio = ddpm.beta_tilde(t, schedule) / (
-            schedule.betas[t] if variance == "beta" else ddpm.beta_tilde(t, schedule))
-        constant = 0.5 * (ratio - 1 - ratio.log())
-        weight = ddpm.bound_weight(t, schedule, variance)
+        xt = ddpm.q_sample(x0, t, eps, schedule.alpha_bars)
+        mean, sigma2 = (part.detach() for part in ddpm.p_theta(network, xt, t, schedule, variance, False))
+        if t == 1:  # sigma_1^2 = beta_tilde_2 as in the authors' code
+            sigma2 = ddpm.beta_tilde(2, schedule) if T > 1 else schedule.betas[1]
+            wanted = -ddpm.discrete_log_likelihood(x0, mean, sigma2.sqrt())
+        else:
+            mean_q, tilde = ddpm.q_posterior(x0, xt, t, schedule)
+            wanted = kl_divergence(Normal(mean_q, tilde.sqrt()), Normal(mean, sigma2.sqrt()))
+            weight, ratio = ddpm.bound_weight(t, schedule, variance), tilde / sigma2
+            constant = 0.5 * (ratio - 1 - ratio.log())
+            assert_close(term - constant, weight * (eps - 0.3 * xt) ** 2, rtol=2e-3, atol=1e-5)
+            assert_close(ddpm.bound_weight(torch.tensor([t]), schedule, variance), weight[None])
         assert not term.requires_grad
-        assert_close(term - constant, weight * error, rtol=1e-3, atol=1e-5)
-        assert_close(ddpm.bound_weight(torch.tensor([t]), schedule, variance), weight[None])
+        assert_close(term, wanted, rtol=2e-3, atol=1e-5)
+        assert bound[t - 1] == pytest.approx(wanted.mean().item() / math.log(2), rel=2e-3, abs=1e-5)
+    alpha_bar = schedule.alpha_bars[-1].double()
+    last = kl_divergence(Normal(alpha_bar.sqrt() * x0, (1 - alpha_bar).sqrt()), Normal(0.0, 1.0))
+    assert bound[T] == pytest.approx(last.mean().item() / math.log(2), rel=0.02, abs=1e-8)
 
 
 # Sampling
@@ -299,21 +250,9 @@ def test_p_theta_is_the_posterior_of_x0_hat_which_alone_is_clamped(kind, clip_x0
 
 
 @each_variance
-def test_a_step_adds_noise_of_its_variance_to_its_mean_and_the_last_one_none(variance):
-    """Alg. 2, lines 3 and 4, draw for draw."""
-    schedule, xT = ddpm.make_schedule("linear", 10), torch.randn(5, 2, 1, 1)
-    exact = gaussian_eps(schedule.alpha_bars)
-    torch.manual_seed(1)
-    states = list(ddpm.reverse_process(exact, xT, schedule, variance, clip_x0=False))
-    torch.manual_seed(1)
-    for (t, xt), (_, x_prev) in zip(states[:-1], states[1:], strict=True):
-        mean, sigma2 = ddpm.p_theta(exact, xt, t, schedule, variance, clip_x0=False)
-        z = torch.randn_like(xt) if t > 1 else torch.zeros_like(xt)
-        assert_close(x_prev, mean + sigma2.sqrt() * z)
-
-
-def test_the_reverse_process_yields_what_it_asks_the_network_when_it_is_asked_for():
-    schedule, asked = ddpm.make_schedule("linear", 7), []
+def test_the_reverse_process_is_algorithm_2_draw_for_draw(variance):
+    """Each step adds noise of its variance to its mean, and the last one none. A state comes when it is asked for."""
+    schedule, xT, asked = ddpm.make_schedule("linear", 7), torch.randn(3, 1, 2, 2), []
 
     def network(x, t):
         assert t.dtype == torch.int64 and t.tolist() == [t[0]] * 3
@@ -321,18 +260,23 @@ def test_the_reverse_process_yields_what_it_asks_the_network_when_it_is_asked_fo
         return x.sin()
 
     torch.manual_seed(5)
-    xT = torch.randn(3, 1, 2, 2)
-    process = ddpm.reverse_process(network, xT, schedule)
+    process = ddpm.reverse_process(network, xT, schedule, variance, clip_x0=False)
     states = [next(process)]
-    assert states[0][1] is xT and not asked  # a state is computed when it is asked for
+    assert states[0][1] is xT and not asked
     states += process
     assert [t for t, _ in states] == [7, 6, 5, 4, 3, 2, 1, 0]
-    for (t, xt), (asked_t, x) in zip(states[:-1], asked, strict=True):
-        assert asked_t == t and x is xt
-    torch.manual_seed(5)  # the sampler returns the last state, and draws x_T where none is given
-    assert torch.equal(ddpm.sample(network, xT.shape, schedule), states[-1][1])
     torch.manual_seed(5)
-    assert torch.equal(ddpm.sample(network, xT.shape, schedule, xT=torch.randn(3, 1, 2, 2)), states[-1][1])
+    for (t, xt), (_, x_prev), (asked_t, x) in zip(states[:-1], states[1:], asked[:7], strict=True):
+        assert asked_t == t and x is xt
+        mean, sigma2 = ddpm.p_theta(network, xt, t, schedule, variance, clip_x0=False)
+        z = torch.randn_like(xt) if t > 1 else torch.zeros_like(xt)
+        assert_close(x_prev, mean + sigma2.sqrt() * z)
+    torch.manual_seed(5)  # the sampler returns the last state, and draws x_T where none is given
+    assert torch.equal(ddpm.sample(network, xT.shape, schedule, variance, False, xT), states[-1][1])
+    torch.manual_seed(5)
+    drawn = ddpm.sample(network, xT.shape, schedule)
+    torch.manual_seed(5)
+    assert torch.equal(ddpm.sample(network, xT.shape, schedule, xT=torch.randn(3, 1, 2, 2)), drawn)
 
 
 def test_each_variance_is_exact_for_the_data_of_section_3_2():
@@ -352,7 +296,7 @@ def test_each_variance_is_exact_for_the_data_of_section_3_2():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, variance", [("linear", "beta"), ("cosine", "beta_tilde")])
 def test_sampling_with_the_exact_eps_gives_the_modes_their_weights_means_and_covariances(kind, variance):
-    schedule = ddpm.make_schedule(kind, 200)
+    schedule = ddpm.make_schedule(kind, 150)
     exact = mixture_eps(schedule.alpha_bars)
     x = ddpm.sample(exact, (6000, 2, 1, 1), schedule, variance, clip_x0=False)
     assert_close(exact.nearest(x), exact.weights, rtol=0, atol=0.035)
@@ -361,90 +305,6 @@ def test_sampling_with_the_exact_eps_gives_the_modes_their_weights_means_and_cov
     which = torch.cdist(x.flatten(1).double(), exact.means).argmin(1)
     for k in range(3):  # and within each mode its own covariance
         assert_close(mean_and_cov(x[which == k])[1], exact.covs[k], rtol=0.2, atol=0.012)
-
-
-# Network
-
-
-def test_the_paper_preset_is_the_paper_s_network():
-    with torch.device("meta"):
-        model = ddpm.make_unet(ddpm.PRESETS["paper"], (3, 32, 32))
-    assert sum(p.numel() for p in model.parameters()) == 35_746_307
-
-
-def unet(**options):
-    """A small U-Net whose zero layers were given weights, so that everything in it matters."""
-    settings = dict(image_channels=1, image_size=8, channels=8, mults=(1, 2), blocks=1,
-                    attention=(4,), heads=2, groups=4, dropout=0.0)
-    model = ddpm.UNet(**(settings | options))
-    for p in model.parameters():
-        if p.abs().max() == 0:
-            nn.init.normal_(p, std=0.2)
-    return model
-
-
-@pytest.mark.parametrize("options", [
-    dict(image_channels=1, image_size=28, patch=2), dict(image_channels=3, image_size=32),
-    dict(image_channels=4, image_size=12, mults=(1, 2, 2)), dict(image_channels=2, mults=(1,)),
-    dict(image_size=16, patch=4, blocks=2), dict(mults=(1, 3), heads=1, attention=())])
-@torch.no_grad()
-def test_unet_takes_any_channels_and_sizes(options):
-    """Also pictures that are not square, each of which it sees alone, and float64."""
-    model, size = unet(**options), options.get("image_size", 8)
-    x, t = torch.randn(2, options.get("image_channels", 1), size, 2 * size), torch.tensor([1, 9])
-    out = model(x, t)
-    assert out.shape == x.shape and torch.isfinite(out).all()
-    assert_close(model(x[:1], t[:1]), out[:1], rtol=1e-4, atol=1e-5)
-    double = model.double()(x.double(), t)
-    assert double.dtype == torch.float64
-    assert_close(double.float(), out, rtol=1e-3, atol=1e-3)
-
-
-def test_unet_starts_at_zero_and_changes_with_t_and_x():
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
-    fresh = ddpm.UNet(1, 8, 8, (1, 2), 1, (4,), 2, 4, 0.0)
-    assert_close(fresh(x, t), torch.zeros_like(x), rtol=0, atol=0)
-    model = unet()
-    later = model(x, torch.tensor([4, 900]))
-    assert (model(x, t) - later)[0].abs().max() > 1e-4
-    assert_close(model(x, t)[1], later[1])
-    assert (model(x, t) - model(x + 0.1, t)).abs().max() > 1e-3
-    assert_close(model(x, t), model(x, t.float()))
-
-
-@torch.no_grad()
-def test_the_unet_hands_each_skip_to_its_twin_on_the_way_up():
-    """What a level made going down is concatenated, last made first, going up."""
-    model, made, got = unet(blocks=2), [], []
-    model.conv_in.register_forward_hook(lambda _, __, out: made.append(out))
-    for module in model.down:
-        last = module if isinstance(module, ddpm.Downsample) else module[1]
-        last.register_forward_hook(lambda _, __, out: made.append(out))
-    for module in model.up:
-        if not isinstance(module, ddpm.Upsample):
-            module[0].register_forward_pre_hook(lambda _, args: got.append(args[0]))
-    model(torch.randn(2, 1, 8, 8), torch.tensor([3, 9]))
-    assert len(made) == len(got) == 6
-    for skip, h in zip(reversed(made), got, strict=True):
-        assert skip.abs().max() > 0.1
-        assert torch.equal(h[:, -skip.shape[1]:], skip)
-
-
-def test_attention_is_that_of_the_formula_head_by_head():
-    layer, x = ddpm.Attention(8, 2, 4), torch.randn(1, 8, 4, 4)
-    nn.init.normal_(layer.out.weight)
-    layer.qkv.weight.data *= 4  # so that the softmax is far from uniform
-    q, k, v = layer.qkv(layer.norm(x)).view(1, 3, 2, 4, 16).transpose(-1, -2).unbind(1)
-    h = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
-    assert_close(layer(x), x + layer.out(h.transpose(-1, -2).reshape(1, 8, 4, 4)))
-
-
-def test_timestep_embedding_is_that_of_vaswani():
-    t = torch.tensor([0, 1, 500, 1000])
-    found = ddpm.timestep_embedding(t, 16)
-    angles = t[:, None].double() * 10000 ** (-torch.arange(8).double() / 7)
-    assert_close(found.double(), torch.cat([angles.sin(), angles.cos()], 1), rtol=0, atol=1e-4)
-    assert (found[1] - found[0]).norm() > 0.5  # neighbouring steps can be told apart
 
 
 # Training
@@ -464,24 +324,23 @@ def test_ema_follows_faster_in_the_first_steps():
     assert not ema.model.training and not any(p.requires_grad for p in ema.model.parameters())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flip", [False, True])
-def test_training_sees_the_training_pictures_mirrored_on_request(flip, tmp_path, monkeypatch):
-    """Left to right and no other; with AdamW's own decay of the weights. test_glue.py has the rest."""
+@pytest.mark.parametrize("page, loss, name", [
+    (ddpm, "ddpm_loss", "x0"), (conditional, "v_loss", "x0"), (score_based, "score_loss", "x0"),
+    (flow, "cfm_loss", "x1")], ids=lambda value: getattr(value, "__name__", ""))
+def test_training_sees_the_training_pictures_mirrored_left_to_right(page, loss, name, tmp_path, monkeypatch):
+    """Half of them, with --flip. tests/plumbing has the rest of the training."""
     seen = []
-    spied(monkeypatch, ddpm, "ddpm_loss", lambda given, _: seen.append(given["x0"]))
-    cfg, run, data = open_run(ddpm, tmp_path, "--dataset", "digits8", "--batch_size", 16,
-                              "--weight_decay", "0.5", *["--flip"] * flip)
-    ddpm.train(cfg, run, data)
+    spied(monkeypatch, page, loss, lambda given, _: seen.append(given[name]))
+    cfg, run, data = open_run(page, tmp_path, "--dataset", "digits8", "--batch_size", 32, "--steps", 3,
+                              "--preview_every", 100, "--flip", "--attention", 4)
+    page.train(cfg, run, data)
     x0 = torch.cat(seen)
-    assert x0.shape == (6 * 16, 1, 8, 8) and len(torch.unique(x0.flatten(1), dim=0)) > 80
+    assert x0.shape == (96, 1, 8, 8) and len(torch.unique(x0.flatten(1), dim=0)) > 80
 
-    def among(x, part):
+    def among(x, part):  # up to the noise that dequantizes
         distance = torch.cdist(x.flatten(1), part.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-        return distance.min(1).values < 1e-4
+        return distance.min(1).values < 0.1
 
     as_is, mirrored = among(x0, data.train), among(x0.flip(3), data.train)
     assert (as_is | mirrored).all() and not among(x0, data.test).any()
-    assert 0.25 < mirrored.float().mean() < 0.75 if flip else as_is.all()
-    state = torch.load(run.path("checkpoint.pt"), weights_only=True)
-    assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5]
+    assert 0.25 < mirrored.float().mean() < 0.75

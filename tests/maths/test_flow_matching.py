@@ -16,51 +16,57 @@ every_path = pytest.mark.parametrize("path", PATHS, ids=["straight", "sigma_min 
 MU, LAMBDA = torch.tensor([0.7, -0.4], dtype=torch.float64), 0.3
 
 
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def at(t, x):
+    """The time t for each example of x."""
+    return torch.full((len(x),), t, dtype=torch.float64)
+
+
+def numbers(path, t):
+    """a, s and their derivatives by t, as floats."""
+    return [c.item() for c in path.coefficients(torch.tensor(t, dtype=torch.float64))]
+
+
+def shaped(path, t, x):
+    """The same for times t: (B,), shaped for x."""
+    return [flow.per_example(c, x) for c in path.coefficients(t)]
+
+
 def gaussian_velocity(path, mu=MU, lam=LAMBDA):
     """The exact v(x, t) where x_1 ~ N(mu, lam I): E[a' x_1 + s' x_0 | x_t = x]."""
     def v(x, t):
-        a, s, da, ds = (flow.per_example(c, x) for c in path.coefficients(t))
+        a, s, da, ds = shaped(path, t, x)
         gap = (x - a * mu) / (a**2 * lam + s**2)
         return da * (mu + a * lam * gap) + ds * s * gap
 
     return v
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 # Paths
 
 
 @every_path
-def test_the_velocity_is_the_derivative_of_the_way(path):
+def test_a_path_leads_from_noise_to_the_example_and_its_velocity_is_its_derivative(path):
     """[FM] Eq. 13, by differences; and Eq. 15, with its division by s."""
-    x0, x1 = normal(64, 2), normal(64, 2, seed=1)
-    t = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 0.97 + 0.01
-    h = 1e-5
+    x0, x1, h = normal(64, 2), normal(64, 2, seed=1), 1e-5
+    t = torch.linspace(0.01, 0.98, 64, dtype=torch.float64)
     velocity = (path.interpolate(x0, x1, t + h) - path.interpolate(x0, x1, t - h)) / (2 * h)
     assert_close(path.velocity(x0, x1, t), velocity, rtol=1e-5, atol=1e-6)
-    xt = path.interpolate(x0, x1, t)
-    a, s, da, ds = (flow.per_example(c, x1) for c in path.coefficients(t))
+    xt, (a, s, da, ds) = path.interpolate(x0, x1, t), shaped(path, t, x1)
     assert_close(ds / s * (xt - a * x1) + da * x1, path.velocity(x0, x1, t))
-
-
-@every_path
-def test_a_path_leads_from_noise_to_the_example(path):
-    a, s, _, _ = path.coefficients(torch.tensor([0.0, path.t_end], dtype=torch.float64))
-    sigma_min = getattr(path, "sigma_min", 0.0)
-    assert_close(s, torch.tensor([1.0, sigma_min], dtype=torch.float64), atol=2e-3, rtol=0)
-    assert_close(a, torch.tensor([0.0, 1.0], dtype=torch.float64), atol=7e-3, rtol=0)  # VP: e^(-5) at 0
+    assert numbers(path, 0.0)[:2] == pytest.approx([0, 1], abs=7e-3)  # VP: a = e^(-5)
+    assert numbers(path, path.t_end)[:2] == pytest.approx([1, getattr(path, "sigma_min", 0.0)], abs=2e-3)
 
 
 def test_the_straight_path_is_that_of_the_paper():
     """[FM] Eq. 22 and 23 with sigma_min = 0.1; sigma_min = 0 is the line of [RF]."""
-    x0, x1, t = normal(8, 2), normal(8, 2, seed=1), torch.full((8,), 0.25, dtype=torch.float64)
-    path = flow.StraightPath(0.1)
-    assert_close(path.interpolate(x0, x1, t), (1 - 0.9 * 0.25) * x0 + 0.25 * x1)
-    assert_close(path.velocity(x0, x1, t), x1 - 0.9 * x0)
-    assert_close(flow.StraightPath().velocity(x0, x1, t), x1 - x0)
+    x0, x1, path = normal(8, 2), normal(8, 2, seed=1), flow.StraightPath(0.1)
+    assert_close(path.interpolate(x0, x1, at(0.25, x0)), (1 - 0.9 * 0.25) * x0 + 0.25 * x1)
+    assert_close(path.velocity(x0, x1, at(0.25, x0)), x1 - 0.9 * x0)
+    assert_close(flow.StraightPath().velocity(x0, x1, at(0.25, x0)), x1 - x0)
 
 
 @every_path
@@ -74,17 +80,15 @@ def test_x1_hat_solves_for_the_example(path):
 
 def test_the_vp_path_is_the_probability_flow_of_the_vp_sde():
     """[SDE] Eq. 13 under t -> 1 - t, with the exact score of a Gaussian."""
-    path, sde = flow.VPPath(0.1, 20.0), score_based.VPSDE(0.1, 20.0)
-    x = normal(50, 2)
+    path, sde, x = flow.VPPath(0.1, 20.0), score_based.VPSDE(0.1, 20.0), normal(50, 2)
 
     def score(x, t):
         m, std = (score_based.per_example(c(t), x) for c in (sde.m, sde.std))
         return -(x - m * MU) / (m**2 * LAMBDA + std**2)
 
     for t in (0.0, 0.2, 0.7, 0.99):
-        v = gaussian_velocity(path)(x, torch.full((50,), t, dtype=torch.float64))
         drift = score_based.flow_drift(score, sde, x, 1 - t)
-        assert_close(v, -drift)
+        assert_close(gaussian_velocity(path)(x, at(t, x)), -drift)
 
 
 # The objective
@@ -95,12 +99,10 @@ def test_the_gradient_is_that_of_the_marginal_objective():
     path, n = flow.StraightPath(), 100_000
     x0, x1 = normal(n, 2), MU + math.sqrt(LAMBDA) * normal(n, 2, seed=1)
     t = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    exact = gaussian_velocity(path)
-    slopes = []
-    for target in (path.velocity, lambda x0, x1, t: exact(path.interpolate(x0, x1, t), t)):
+    xt, slopes = path.interpolate(x0, x1, t), []
+    for target in (path.velocity(x0, x1, t), gaussian_velocity(path)(xt, t)):
         weight = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
-        xt = path.interpolate(x0, x1, t)
-        loss = (weight[0] * xt + weight[1] * t[:, None] - target(x0, x1, t)).square().mean()
+        loss = (weight[0] * xt + weight[1] * t[:, None] - target).square().mean()
         slopes.append(torch.autograd.grad(loss, weight)[0])
     assert_close(*slopes, atol=0.02, rtol=0)
 
@@ -112,16 +114,10 @@ def test_the_smallest_loss_is_not_zero(lam):
     v = gaussian_velocity(path, lam=lam)
     x0, x1 = normal(n, 2), MU + math.sqrt(lam) * normal(n, 2, seed=1)
     for t in (0.0, 0.4, 0.8):
-        loss = flow.cfm_loss(v, path, x0, x1, torch.full((n,), t, dtype=torch.float64))
+        loss = flow.cfm_loss(v, path, x0, x1, at(t, x0))
         assert loss.item() == pytest.approx(lam / (t**2 * lam + (1 - t) ** 2), rel=0.02)
     t = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     assert flow.cfm_loss(v, path, x0, x1, t).item() == pytest.approx(math.sqrt(lam) * math.pi / 2, rel=0.02)
-
-
-def test_at_the_beginning_the_velocity_leads_to_the_mean_of_the_data():
-    x = normal(9, 2)
-    v = gaussian_velocity(flow.StraightPath())(x, torch.zeros(9, dtype=torch.float64))
-    assert_close(v, MU - x)
 
 
 @pytest.mark.parametrize("drawing", ["uniform", "logit_normal"])
@@ -148,8 +144,7 @@ def test_an_ot_coupling_keeps_both_parts_and_costs_least():
     def cost(j):
         return (x0 - x1[j]).square().sum()
 
-    orders = [torch.randperm(40) for _ in range(200)]
-    assert cost(i) < min(cost(j) for j in orders)
+    assert cost(i) < min(cost(torch.randperm(40)) for _ in range(200))
     line0, line1 = x0[:, :1], x1[:, :1]  # on a line the least cost is in the order of the numbers
     i = flow.ot_coupling(line0, line1)
     assert torch.equal(line1[i].argsort(0), line0.argsort(0))
@@ -157,13 +152,12 @@ def test_an_ot_coupling_keeps_both_parts_and_costs_least():
 
 def test_rectifying_a_gaussian_lowers_the_cost():
     """[RF] Thm. 3.5: from 1 + lam a dimension, of independent pairs, to (sqrt(lam) - 1)^2."""
-    lam, x0 = 0.3, normal(4000, 2)
+    lam, x0 = 0.3, normal(400, 2)
     v = gaussian_velocity(flow.StraightPath(), mu=0 * MU, lam=lam)
     x1 = flow.final(flow.flow_process(v, x0, sampler="rk45", tolerance=1e-8))
     assert_close(x1, math.sqrt(lam) * x0, rtol=1e-6, atol=1e-6)
-    cost = (x1 - x0).square().mean() / x0.square().mean()
-    assert cost.item() == pytest.approx((math.sqrt(lam) - 1) ** 2, rel=1e-4)
-    assert cost.item() < (1 + lam) / 5
+    cost = ((x1 - x0).square().mean() / x0.square().mean()).item()
+    assert cost == pytest.approx((math.sqrt(lam) - 1) ** 2, rel=1e-4) and cost < (1 + lam) / 5
 
 
 # Sampling
@@ -175,15 +169,15 @@ def test_the_samplers_have_their_order(sampler, order):
     path = flow.StraightPath(0.1)
 
     def v(x, t):
-        a, s, _, _ = (flow.per_example(c, x) for c in path.coefficients(t))
+        a, s, _, _ = shaped(path, t, x)
         log_p = torch.cat([-(x - a * mu).square().sum(1, True) / (2 * (a**2 * 0.1 + s**2))[:, :1]
                            for mu in (MU, -MU)], 1)
         fields = torch.stack([gaussian_velocity(path, mu, 0.1)(x, t) for mu in (MU, -MU)], 1)
         return (log_p.softmax(1)[:, :, None] * fields).sum(1)
 
     x0, errors = normal(20, 2), []
-    wanted = flow.final(flow.flow_process(v, x0, sampler="rk45", tolerance=1e-10))
-    for S in (80, 160):
+    wanted = flow.final(flow.flow_process(v, x0, sampler="rk45", tolerance=1e-9))
+    for S in (60, 120):
         states = list(flow.flow_process(v, x0, sampler=sampler, S=S))
         assert [t for t, _ in states] == pytest.approx([i / S for i in range(S + 1)])
         errors.append((states[-1][1] - wanted).square().mean().sqrt().item())
@@ -192,45 +186,29 @@ def test_the_samplers_have_their_order(sampler, order):
 
 @every_path
 def test_the_flow_goes_to_the_data_and_back(path):
-    x0, v = normal(20, 2), gaussian_velocity(path)
+    x0, v, (a, s, *_), a0 = normal(20, 2), gaussian_velocity(path), numbers(path, path.t_end), numbers(path, 0.0)[0]
     x1 = flow.final(flow.flow_process(v, x0, 0.0, path.t_end, "rk45", tolerance=1e-9))
-    a, s, _, _ = (c.item() for c in path.coefficients(torch.tensor(path.t_end, dtype=torch.float64)))
-    a0 = path.coefficients(torch.tensor(0.0, dtype=torch.float64))[0].item()
-    start = math.sqrt(a0**2 * LAMBDA + 1 - a0**2 if a0 else 1)  # VP: not quite N(0, I) at t = 0
+    start = math.sqrt(a0**2 * LAMBDA + 1 - a0**2)  # VP: not quite N(0, I) at t = 0
     assert_close(x1, a * MU + math.sqrt(a**2 * LAMBDA + s**2) * (x0 - a0 * MU) / start, rtol=1e-5, atol=1e-5)
     back = flow.final(flow.flow_process(v, x1, path.t_end, 0.0, "rk45", tolerance=1e-9))
     assert_close(back, x0, rtol=1e-5, atol=1e-5)
 
 
+def diffused(t):
+    """alpha_bar and the scale of x_t on the straight path: t / scale = sqrt(alpha_bar)."""
+    scale = math.hypot(t, 1 - t)
+    return (t / scale) ** 2, scale
+
+
 def test_an_euler_step_is_a_ddim_step():
     """In the variables of the diffusion: x / sqrt(t^2 + (1 - t)^2), alpha_bar = t^2 / (t^2 + (1 - t)^2)."""
-    t, s = 0.35, 0.5
-    alpha_bars = torch.tensor([s**2 / (s**2 + (1 - s) ** 2), t**2 / (t**2 + (1 - t) ** 2)], dtype=torch.float64)
-    assert t == pytest.approx((alpha_bars[1].sqrt() / (alpha_bars[1].sqrt() + (1 - alpha_bars[1]).sqrt())).item())
-    exact, x = mixture_eps(alpha_bars), normal(30, 2, 1, 1)
-    scale_t, scale_s = math.hypot(t, 1 - t), math.hypot(s, 1 - s)
-    eps_hat = exact(x / scale_t, torch.ones(30, dtype=torch.int64))
-
-    def v(x, t):
-        return (x - eps_hat) / flow.per_example(t, x)
-
-    euler = flow.euler_step(v, x, t, s - t)
+    t, s, x = 0.35, 0.5, normal(30, 2, 1, 1)
+    (bar_t, scale_t), (bar_s, scale_s) = diffused(t), diffused(s)
+    alpha_bars = torch.tensor([bar_s, bar_t], dtype=torch.float64)
+    eps_hat = mixture_eps(alpha_bars)(x / scale_t, torch.ones(30, dtype=torch.int64))
+    euler = flow.euler_step(lambda x, t: (x - eps_hat) / flow.per_example(t, x), x, t, s - t)
     step = ddim.ddim_step(x / scale_t, eps_hat, 1, 0, alpha_bars)
     assert_close(euler / scale_s, step, rtol=1e-12, atol=1e-12)
-
-
-def test_velocity_score_and_noise_say_the_same():
-    """v = (x + (1 - t) score) / t = (x - eps_hat) / t on the straight path, for a mixture."""
-    t = 0.6
-    alpha_bars = torch.tensor([1.0, t**2 / (t**2 + (1 - t) ** 2)], dtype=torch.float64)
-    exact, x, scale = mixture_eps(alpha_bars), normal(30, 2, 1, 1), math.hypot(t, 1 - t)
-    eps_hat = exact(x / scale, torch.ones(30, dtype=torch.int64))
-    score = -eps_hat / (1 - t)  # of x_t = t x_1 + (1 - t) x_0
-    v = (x - eps_hat) / t
-    assert_close(v, (x + (1 - t) * score) / t)
-    times = torch.full((30,), t, dtype=torch.float64)
-    x1_hat = flow.StraightPath().predict_x1(x, v, times)
-    assert_close(x1_hat, (x - (1 - t) * eps_hat) / t)
 
 
 class Labelled:
@@ -242,24 +220,36 @@ class Labelled:
         self.asked = []
 
     def __call__(self, x, t, y=None):
-        t = t / 1000
         self.asked.append(y)
-        ratio = float(t[0] ** 2 / (t[0] ** 2 + (1 - t[0]) ** 2))
-        exact = mixture_eps(torch.tensor([1.0, ratio], dtype=torch.float64))
-        y = torch.full((len(x),), self.classes) if y is None else y
-        eps_hat = exact(x / math.hypot(float(t[0]), 1 - float(t[0])), torch.ones(len(x), dtype=torch.int64), y)
-        return (x - eps_hat) / float(t[0])
+        t = t[0].item() / 1000
+        alpha_bar, scale = diffused(t)
+        exact = mixture_eps(torch.tensor([1.0, alpha_bar], dtype=torch.float64))
+        eps_hat = exact(x / scale, torch.ones(len(x), dtype=torch.int64), y)
+        return (x - eps_hat) / t
+
+
+def test_velocity_score_and_noise_say_the_same():
+    """v = (x + (1 - t) score) / t = (x - eps_hat) / t on the straight path, for a mixture."""
+    t, x = 0.6, normal(30, 2, 1, 1)
+    v = flow.velocity_fn(Labelled())(x, at(t, x))
+    eps_hat = x - t * v
+    probe = x.clone().requires_grad_()
+    exact = mixture_eps(torch.ones(1, dtype=torch.float64))
+    cov = t**2 * exact.covs + (1 - t) ** 2 * torch.eye(2, dtype=torch.float64)
+    density = torch.distributions.MultivariateNormal(t * exact.means, cov)
+    log_p = (density.log_prob(probe.flatten(1)[:, None]) + exact.weights.log()).logsumexp(1)
+    score, = torch.autograd.grad(log_p.sum(), probe)
+    assert_close(v, (x + (1 - t) * score) / t)
+    assert_close(flow.StraightPath().predict_x1(x, v, at(t, x)), (x - (1 - t) * eps_hat) / t)
 
 
 def test_guidance_of_the_velocity_is_guidance_of_the_noise():
-    x, y, t = normal(12, 2, 1, 1), torch.arange(12) % 3, torch.full((12,), 0.4, dtype=torch.float64)
-    network, eps = Labelled(), {}
-    for w in (-1.0, 0.0, 1.5):
-        eps[w] = x - 0.4 * flow.velocity_fn(network, y, w)(x, t)
+    x, y, network = normal(12, 2, 1, 1), torch.arange(12) % 3, Labelled()
+    eps = {w: x - 0.4 * flow.velocity_fn(network, y, w)(x, at(0.4, x)) for w in (-1.0, 0.0, 1.5)}
     assert_close(eps[1.5], 2.5 * eps[0.0] - 1.5 * eps[-1.0])
-    assert_close(eps[-1.0], x - 0.4 * flow.velocity_fn(network)(x, t))  # the null class
+    assert_close(eps[-1.0], x - 0.4 * flow.velocity_fn(network)(x, at(0.4, x)))  # the null class
     assert (eps[0.0] - eps[-1.0]).abs().max() > 0.1
-    assert sorted({len(x) for x in network.asked if x is not None}) == [12, 24]
+    assert sorted({len(y) for y in network.asked if y is not None}) == [12, 24]
 
 
 # Likelihood
@@ -268,11 +258,9 @@ def test_guidance_of_the_velocity_is_guidance_of_the_noise():
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
 @every_path
 def test_the_likelihood_of_gaussian_data(path, trace):
-    x = MU + math.sqrt(LAMBDA) * normal(50, 2)
+    x, (a, s, *_) = MU + math.sqrt(LAMBDA) * normal(50, 2), numbers(path, path.t_end)
     found = flow.log_likelihood(gaussian_velocity(path), x, trace, path.t_end, 1e-8)
-    a, s, _, _ = (c.item() for c in path.coefficients(torch.tensor(path.t_end, dtype=torch.float64)))
-    std = math.sqrt(a**2 * LAMBDA + s**2)
-    wanted = torch.distributions.Normal(a * MU, std).log_prob(x).sum(1)
+    wanted = torch.distributions.Normal(a * MU, math.sqrt(a**2 * LAMBDA + s**2)).log_prob(x).sum(1)
     # The field is isotropic, so that Hutchinson's estimate is exact; VP's p_0 is not quite N(0, I)
     assert_close(found, wanted, atol=0.02 if path is PATHS[2] else 1e-5, rtol=0)
 
@@ -296,12 +284,9 @@ def test_hutchinson_s_trace_is_right_on_average():
 
 def test_bits_per_dim_of_uniform_noise_are_eight():
     """A flow that does nothing has log p = log N(x; 0, I): the offset and the sign are known."""
-    pixels = torch.randint(0, 256, (4, 1, 8, 8))
-    x = pixels / 127.5 - 1
+    x = torch.randint(0, 256, (4, 1, 8, 8)) / 127.5 - 1
     bits = flow.bits_per_dim(lambda x, t: 0 * x, x)
     wanted = (0.5 * math.log(2 * math.pi) + 0.5 * x.square().flatten(1).mean(1)) / math.log(2) + 7
     assert_close(bits, wanted, atol=0.02, rtol=0)
     with pytest.raises(ValueError, match="8-bit"):
         flow.bits_per_dim(lambda x, t: 0 * x, x * 0.999)
-
-

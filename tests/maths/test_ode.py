@@ -59,28 +59,6 @@ def test_ode_process_is_scipy_s_rk45(t, s):
         assert torch.equal(states[0], x) and ts[-1] == s
 
 
-def test_solve_carries_every_part_of_the_state():
-    """A rotation beside a decay, float32 and float64, there and back; against solve_ivp."""
-    a, b = torch.randn(3, 2).double(), torch.rand(4)
-
-    def velocity(state, t):
-        x, y = state
-        assert (x.shape, y.shape, x.dtype, y.dtype) == (a.shape, b.shape, a.dtype, b.dtype)
-        return torch.stack([-x[:, 1], x[:, 0]], 1), -t * y
-
-    flat = np.concatenate([a.numpy().ravel(), b.double().numpy()])
-    ref = solve_ivp(
-        lambda t, y: np.concatenate([np.stack([-y[1:6:2], y[0:6:2]], 1).ravel(), -t * y[6:]]),
-        (0.0, 2.0), flat, rtol=1e-6, atol=1e-6)
-    ts, states = zip(*sb.solve(velocity, (a, b), 0.0, 2.0, 1e-6), strict=True)
-    assert (ts[0], ts[-1]) == (0.0, 2.0) and len(ts) == pytest.approx(len(ref.t), abs=2)
-    assert_close(states[-1][0], torch.from_numpy(ref.y[:6, -1].copy()).view(3, 2), rtol=1e-5, atol=1e-5)
-    assert_close(states[-1][1], b * math.exp(-2), rtol=1e-4, atol=1e-5)
-    back = sb.final(sb.solve(velocity, states[-1], 2.0, 0.0, 1e-6))
-    assert_close(back[0], a, rtol=0, atol=1e-4)
-    assert_close(back[1], b, rtol=0, atol=1e-4)
-
-
 RATES = {"pole": lambda x, t: x**2, "nan": lambda x, t: x if t < 1 else x * math.nan,
          "nan at once": lambda x, t: x * math.nan}
 
@@ -163,15 +141,5 @@ def test_bits_per_dim_is_the_bound_of_a_gaussian_model(monkeypatch):
     error = (found - exact.flatten(1).mean(1)).std().item() / 200**0.5
     assert error < 0.02
     assert found.mean().item() == pytest.approx(exact.mean().item(), abs=4 * error)
-
-
-def test_likelihoods_of_what_is_not_8_bit_are_refused():
     with pytest.raises(ValueError, match="8-bit"):
-        sb.bits_per_dim(None, sb.VPSDE(), torch.rand(2, 1, 4, 4))
-
-
-def test_dequantize_fills_the_bins():
-    x = torch.tensor([0.0, 17.0, 255.0]).expand(5000, 3) / 127.5 - 1
-    bins = (sb.dequantize(x) + 1) * 128
-    assert_close(bins.floor(), torch.tensor([0.0, 17.0, 255.0]).expand(5000, 3))
-    assert_close((bins - bins.floor()).mean(0), torch.full((3,), 0.5), rtol=0, atol=0.02)
+        sb.bits_per_dim(Bounded(data), sde, torch.rand(2, 1, 4, 4))

@@ -1,7 +1,6 @@
 """Predictors, correctors and the processes made of them, from exact scores."""
 
 import math
-from dataclasses import replace
 from functools import partial
 
 import score_based_diffusion_example as sb
@@ -12,10 +11,10 @@ import torch
 from exact_scores import SDES, Bounded, Correlated, Mixture, every_sde, flow_of_gaussian, gaussian, noise, papers_sde
 from torch.testing import assert_close
 
-METHODS = {
-    "em": sb.Config(sampler="em", N=400), "reverse": sb.Config(sampler="reverse", N=300),
-    "ancestral": sb.Config(sampler="ancestral", N=300), "pc": sb.Config(sampler="pc", N=150, snr=0.1),
-    "rk45": sb.Config(sampler="rk45", tolerance=1e-4), "rk4": sb.Config(sampler="rk4", N=160)}
+SAMPLERS = [  # each with two SDEs
+    (sb.Config(sampler="em", N=400), ("vp", "subvp")), (sb.Config(sampler="reverse", N=300), ("ve", "subvp")),
+    (sb.Config(sampler="ancestral", N=300), ("ve", "vp")), (sb.Config(sampler="pc", N=150, snr=0.1), ("ve", "subvp")),
+    (sb.Config(sampler="rk45", tolerance=1e-4), ("vp", "subvp")), (sb.Config(sampler="rk4", N=160), ("ve", "vp"))]
 
 
 def langevin(snr, times=1):
@@ -69,10 +68,10 @@ def test_ancestral_is_ddpm_with_sigma_beta():
     tt = torch.full((8,), t).double()
     alpha_bar = sde.m(tt[:1]) ** 2
     eps_hat = -data(x, tt) * (1 - alpha_bar).sqrt()
-    mean = (x - beta / (1 - alpha_bar).sqrt() * eps_hat) / math.sqrt(1 - beta)
-    assert a == pytest.approx(math.sqrt(1 - beta))
-    assert_close(found, mean)
-    assert std == pytest.approx(math.sqrt(beta))
+    assert_close(found, (x - beta / (1 - alpha_bar).sqrt() * eps_hat) / math.sqrt(1 - beta))
+    assert (a, std) == pytest.approx((math.sqrt(1 - beta), math.sqrt(beta)))
+    with pytest.raises(ValueError, match="VESDE and VPSDE"):
+        sb.ancestral_step(data, sb.SubVPSDE(), x, t, s)
 
 
 def test_ve_ancestral_is_the_posterior_of_smld():
@@ -86,21 +85,14 @@ def test_ve_ancestral_is_the_posterior_of_smld():
     assert std == pytest.approx(sigma_s * math.sqrt(1 - fraction))
 
 
-def test_sub_vp_has_no_ancestral_step():
-    sde = sb.SubVPSDE()
-    with pytest.raises(ValueError, match="VESDE and VPSDE"):
-        sb.ancestral_step(gaussian(sde), sde, noise(sde, 2), 0.5, 0.4)
-
-
-@every_sde
+@papers_sde
 def test_the_flow_predictor_follows_the_flow_at_first_order(name):
     """Twice the steps, half the error, and the way is that of the exact flow."""
     sde = SDES[name]()
-    data, x = gaussian(sde), noise(sde, 50)
+    data, x = gaussian(sde), noise(sde, 20)
     exact = flow_of_gaussian(sde, data, x, sde.T, sde.eps)
-    errors = [(walk(sb.flow_step, data, sde, x, steps)[0] - exact).abs().mean().item()
-              for steps in (150, 300)]
-    assert errors[1] < 0.1 and errors[0] / errors[1] == pytest.approx(2, rel=0.2)
+    errors = [(walk(sb.flow_step, data, sde, x, steps)[0] - exact).abs().mean().item() for steps in (100, 200)]
+    assert errors[1] < 0.15 and errors[0] / errors[1] == pytest.approx(2, rel=0.2)
 
 
 def test_no_predictor_leaves_x_to_the_corrector_and_ends_with_tweedie():
@@ -151,19 +143,16 @@ def test_alpha_of_the_corrector_is_that_of_the_step():
     assert_close(torch.tensor(seen).double(), (B[1:] - B[:-1]).exp(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("snr", [0.5, 0.15])
-def test_corrector_bias_on_a_unit_gaussian(snr):
+def test_corrector_bias_on_a_unit_gaussian():
     """Unadjusted Langevin ends at variance 1 / (1 - epsilon / 2); with this rule's epsilon, 1 + r^2."""
-    x = torch.randn(64, 1000).double()
-    seen = []
-    for i in range(120):
-        x = sb.langevin_step(lambda x, t: -x, x, 0.5, alpha=1.0, snr=snr)
-        if i >= 80:
+    x, seen = torch.randn(64, 1000).double(), []
+    for i in range(60):
+        x = sb.langevin_step(lambda x, t: -x, x, 0.5, alpha=1.0, snr=0.5)
+        if i >= 30:
             seen.append(x.var().item())
     variance = sum(seen) / len(seen)
-    epsilon = 2 * snr**2 / variance
-    assert variance == pytest.approx(1 / (1 - epsilon / 2), abs=0.01)
-    assert variance - 1 == pytest.approx(snr**2, abs=0.01)
+    assert variance == pytest.approx(1 / (1 - 0.5**2 / variance), abs=0.01)
+    assert variance - 1 == pytest.approx(0.5**2, abs=0.01)
 
 
 @every_sde
@@ -187,26 +176,22 @@ def test_the_process_walks_from_T_down_to_eps_and_ends_with_a_mean(name):
 
 
 @pytest.mark.slow
-@papers_sde
-@pytest.mark.parametrize("sampler", METHODS)
-def test_every_sampler_with_every_sde(name, sampler):
-    """Mean, covariance and mode weights of a mixture."""
+@pytest.mark.parametrize("cfg, name", [(cfg, name) for cfg, names in SAMPLERS for name in names],
+                         ids=lambda value: getattr(value, "sampler", value))
+def test_every_sampler_draws_a_mixture(cfg, name):
+    """Its mean, covariance and mode weights, and the width of each mode."""
     sde = SDES[name]()
     data = Mixture(sde)
-    if sampler == "ancestral" and not sde.has_ancestral:
-        return
-    x = sb.final(sb.sampling_process(METHODS[sampler], data, sde, noise(sde)))
+    x = sb.final(sb.sampling_process(cfg, data, sde, noise(sde, 3000)))
     mean, cov = data.moments()
-    assert_close(x.mean(0), mean, rtol=0, atol=0.07)
-    assert_close(torch.cov(x.T), cov, rtol=0, atol=0.09)
+    assert_close(x.mean(0), mean, rtol=0, atol=0.09)
+    assert_close(torch.cov(x.T), cov, rtol=0, atol=0.1)
     nearest = torch.cdist(x, data.mu).argmin(1)
-    assert_close(torch.bincount(nearest, minlength=3) / len(x), data.w.float(), rtol=0, atol=0.035)
+    assert_close(torch.bincount(nearest, minlength=3) / len(x), data.w.float(), rtol=0, atol=0.045)
     for k in range(3):
-        within = x[nearest == k]
-        assert within.std(0).mean().item() == pytest.approx(data.s[k].item(), rel=0.12)
+        assert x[nearest == k].std(0).mean().item() == pytest.approx(data.s[k].item(), rel=0.12)
 
 
-SMALL = sb.Config(N=12, snr=0.123, corrector_steps=3, tolerance=0.02)
 STEPS = {"em": sb.em_step, "reverse": sb.reverse_diffusion_step, "flow": sb.flow_step,
          "ancestral": sb.ancestral_step, "none": sb.identity_step}
 
@@ -219,7 +204,8 @@ def test_the_process_is_that_of_the_sampler_that_the_config_names(sampler, predi
     """With its N, predictor, snr, corrector_steps, tolerance and denoise, state by state; no gradient is kept."""
     sde, weight = sb.VPSDE(), torch.nn.Parameter(torch.ones(1).double())
     data, xT = gaussian(sde), noise(sde, 3)
-    cfg = replace(SMALL, sampler=sampler, predictor=predictor, corrector_steps=corrector_steps, denoise=denoise)
+    cfg = sb.Config(N=12, snr=0.123, tolerance=0.02, sampler=sampler, predictor=predictor,
+                    corrector_steps=corrector_steps, denoise=denoise)
     if sampler in ("rk4", "rk45"):  # these stop at x_eps
         wanted = list(sb.ode_process(data, sde, xT, sde.T, sde.eps, sampler, steps=3, tolerance=0.02))
         wanted.append((0.0, sb.tweedie(data, sde, wanted[-1][1], sde.eps)))
@@ -236,21 +222,19 @@ def test_the_process_is_that_of_the_sampler_that_the_config_names(sampler, predi
         assert not x.requires_grad
 
 
-@pytest.mark.parametrize("name", ["vp", "subvp"])
-def test_the_methods_are_those_of_table_1_at_the_same_cost(name):
+@pytest.mark.parametrize("name, predictors", [
+    ("vp", ("reverse diffusion", "ancestral", "probability flow")),
+    ("subvp", ("reverse diffusion", "probability flow"))])
+def test_the_methods_are_those_of_table_1_at_the_same_cost(name, predictors):
     cfg = sb.Config(sde=name)
-    sde = sb.make_sde(cfg)
+    sde, short = sb.make_sde(cfg), {"reverse diffusion": "reverse", "probability flow": "flow"}
     methods = sb.make_methods(cfg, sde, calls=40)
     found = {key: (its.sampler, its.predictor, its.corrector_steps) for key, its in methods.items()}
-    wanted = {"Euler–Maruyama": ("em", "reverse", 1),
-              "reverse diffusion": ("pc", "reverse", 0), "ancestral": ("pc", "ancestral", 0),
-              "probability flow": ("pc", "flow", 0), "reverse diffusion, corrector": ("pc", "reverse", 1),
-              "ancestral, corrector": ("pc", "ancestral", 1),
-              "probability flow, corrector": ("pc", "flow", 1),
-              "corrector alone": ("pc", "none", 1), "ODE, RK45": ("rk45", "reverse", 1),
-              "ODE, RK4": ("rk4", "reverse", 1)}
-    if name == "subvp":
-        wanted = {key: value for key, value in wanted.items() if "ancestral" not in key}
+    wanted = {"Euler–Maruyama": ("em", "reverse", 1)}
+    wanted |= {word: ("pc", short.get(word, word), 0) for word in predictors}
+    wanted |= {f"{word}, corrector": ("pc", short.get(word, word), 1) for word in predictors}
+    wanted |= {"corrector alone": ("pc", "none", 1), "ODE, RK45": ("rk45", "reverse", 1),
+               "ODE, RK4": ("rk4", "reverse", 1)}
     assert found == wanted
     for key, method in methods.items():
         if method.sampler != "rk45":
@@ -321,18 +305,17 @@ def correlated(sde):
     return Correlated(sde, [0.2, -0.1], [[0.25, 0.2], [0.2, 0.25]])
 
 
-@papers_sde
-@pytest.mark.parametrize("predictor", ["em_step", "reverse_diffusion_step", "ancestral_step"])
-def test_completions_follow_the_recursion_of_a_joint_gaussian(name, predictor):
+@pytest.mark.parametrize("predictor, name", [
+    ("em_step", "subvp"), ("reverse_diffusion_step", "ve"), ("reverse_diffusion_step", "vp"),
+    ("ancestral_step", "ve"), ("ancestral_step", "vp")])
+def test_completions_follow_the_recursion_of_a_joint_gaussian(predictor, name):
     """Every step is linear: mean and variance of the unknown in closed form, step by step.
 
     The exact conditional is N(0.44, 0.09): what the predictor alone misses of it stands at the end.
     """
-    sde, steps, k = SDES[name](), 100, 0.875
-    if predictor == "ancestral_step" and not sde.has_ancestral:
-        return
+    sde, steps, k, n = SDES[name](), 100, 0.875, 6000
     data, step = correlated(sde), getattr(sb, predictor)
-    found = complete(data, 10_000, steps, step)
+    found = complete(data, n, steps, step)
     assert (found[:, 0] == k).all()
 
     mean, variance = 0.0, sde.prior_std**2
@@ -347,8 +330,8 @@ def test_completions_follow_the_recursion_of_a_joint_gaussian(name, predictor):
         if s > grid[-1]:  # the last step returns its mean
             noise_std = noise_std[0].item() if torch.is_tensor(noise_std) else noise_std
             variance += noise_std**2
-    assert found[:, 1].mean().item() == pytest.approx(mean, abs=4 * (variance / 10_000) ** 0.5)
-    assert found[:, 1].var().item() == pytest.approx(variance, rel=0.07)
+    assert found[:, 1].mean().item() == pytest.approx(mean, abs=5 * (variance / n) ** 0.5)
+    assert found[:, 1].var().item() == pytest.approx(variance, rel=0.1)
     exact, exact_variance = -0.1 + 0.8 * (k - 0.2), 0.25 - 0.2**2 / 0.25
     assert 0.15 < exact - mean < 0.25 and 1.2 < variance / exact_variance < 1.8
 
@@ -357,9 +340,9 @@ def test_completions_follow_the_recursion_of_a_joint_gaussian(name, predictor):
 @papers_sde
 def test_the_corrector_brings_completions_to_the_exact_conditional(name):
     """It lets the unknown hear of the known again and again at the same t."""
-    found = complete(correlated(SDES[name]()), 2500, 200, correctors=langevin(0.16, 5))[:, 1]
-    assert found.mean().item() == pytest.approx(0.44, abs=0.05)
-    assert found.var().item() == pytest.approx(0.09, rel=0.15)
+    found = complete(correlated(SDES[name]()), 2000, 120, correctors=langevin(0.16, 5))[:, 1]
+    assert found.mean().item() == pytest.approx(0.44, abs=0.06)
+    assert found.var().item() == pytest.approx(0.09, rel=0.18)
 
 
 @every_sde

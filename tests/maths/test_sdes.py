@@ -1,5 +1,7 @@
 """The three SDEs against their moment equations, and denoising score matching against Eq. 7."""
 
+from dataclasses import replace
+
 import ddpm_example as ddpm
 import score_based_diffusion_example as sb
 
@@ -59,14 +61,12 @@ def test_the_paper_s_sdes():
     assert_close(sb.SubVPSDE().std(t), sb.VPSDE().std(t) ** 2)
 
 
-@pytest.mark.parametrize("sde, kind", [("ve", sb.VESDE), ("vp", sb.VPSDE), ("subvp", sb.SubVPSDE)])
-@pytest.mark.parametrize("beta", ["linear", "cosine"])
-def test_the_sde_is_the_one_that_the_config_describes(sde, kind, beta):
-    cfg = sb.Config(sde=sde, beta=beta, beta_min=0.3, beta_max=7.0, sigma_min=0.2, sigma_max=30.0)
-    made = sb.make_sde(cfg)
-    settings = {"sigma_min": 0.2, "sigma_max": 30.0, "prior_std": 30.0} if sde == "ve" else {
-        "beta_min": 0.3, "beta_max": 7.0, "kind": beta, "prior_std": 1.0}
-    assert type(made) is kind and {name: getattr(made, name) for name in settings} == settings
+def test_the_sde_is_the_one_that_the_config_describes():
+    cfg = sb.Config(beta="cosine", beta_min=0.3, beta_max=7.0, sigma_min=0.2, sigma_max=30.0)
+    for name, wanted in (("ve", sb.VESDE(0.2, 30.0)), ("vp", sb.VPSDE(0.3, 7.0, "cosine")),
+                         ("subvp", sb.SubVPSDE(0.3, 7.0, "cosine"))):
+        made = sb.make_sde(replace(cfg, sde=name))
+        assert type(made) is type(wanted) and vars(made) == vars(wanted)
 
 
 @pytest.mark.parametrize("name", ["vp", "vp_cosine", "subvp", "subvp_cosine"])
@@ -74,8 +74,7 @@ def test_std_keeps_its_digits_near_zero_in_float32(name):
     """float32 1 - exp(-B) is 5 % off at t = 1e-5."""
     sde, t = SDES[name](), torch.tensor([1e-5, 1e-4, 1e-3])
     assert_close(sde.std(t).double(), sde.std(t.double()), rtol=1e-4, atol=0)
-    assert_close(sde.sde(t[:, None], t)[1].double(), sde.sde(t[:, None].double(), t.double())[1],
-                 rtol=1e-4, atol=0)
+    assert_close(sde.sde(t[:, None], t)[1].double(), sde.sde(t[:, None].double(), t.double())[1], rtol=1e-4, atol=0)
 
 
 def test_cosine_beta_is_that_of_the_cosine_schedule_and_finite():
@@ -109,9 +108,11 @@ def test_discrete_betas_of_ddpm():
 def test_loss_is_eps_mse_and_likelihood_weighting_is_g_squared(name):
     sde, x0 = SDES[name](), torch.randn(6, 2).double()
     t, eps = torch.linspace(0.05, 1, 6).double(), torch.randn(6, 2).double()
-    density = torch.linspace(0.5, 3, 6).double()
-    network = lambda x, c: torch.tanh(x) * 0.3  # noqa: E731
-    mean, std = sde.marginal(x0, t)
+    density, (mean, std) = torch.linspace(0.5, 3, 6).double(), sde.marginal(x0, t)
+
+    def network(x, c):
+        return torch.tanh(x) * 0.3
+
     score = sb.score_fn(network, sde)(mean + std * eps, t)
     target = -eps / std  # the score of the kernel
     c_out = sde.scaling(t, 0.5)[2][:, None]  # of the network's output: VE's is undone
@@ -119,8 +120,7 @@ def test_loss_is_eps_mse_and_likelihood_weighting_is_g_squared(name):
     weighted = sde.sde(x0, t)[1] ** 2 * (score - target) ** 2
     for weighting, terms in (("simple", simple), ("logit_normal", simple), ("likelihood", weighted)):
         assert_close(sb.score_loss(network, sde, x0, t, eps, weighting), terms.mean())
-        assert_close(sb.score_loss(network, sde, x0, t, eps, weighting, density),
-                     (terms / density[:, None]).mean())
+        assert_close(sb.score_loss(network, sde, x0, t, eps, weighting, density), (terms / density[:, None]).mean())
 
 
 @every_sde
@@ -151,93 +151,75 @@ def test_likelihood_weighting_draws_its_weight(name):
     found = torch.stack([(t <= e).double().mean() for e in expected])
     assert_close(found, fractions, rtol=0, atol=0.015)
     assert (1 / density).mean().item() == pytest.approx(1, rel=0.03)  # relative to uniform t
-    error = lambda x, c: x * 0  # noqa: E731
     if name != "ve":  # where eps_hat = 0 and the squared error is eps^2
         drawn = torch.stack([
-            sb.score_loss(error, sde, torch.zeros(500, 2), t[i:i + 500], torch.randn(500, 2),
+            sb.score_loss(lambda x, c: x * 0, sde, torch.zeros(500, 2), t[i:i + 500], torch.randn(500, 2),
                           "likelihood", density[i:i + 500]) for i in range(0, 10_000, 500)])
         assert drawn.mean().item() == pytest.approx(area[-1].item(), rel=0.03)
         assert drawn.std() < 0.1 * drawn.mean()  # at uniform t it is as large as the mean
 
 
-def test_logit_normal_times_are_spread_over_equal_quantiles_but_for_one_of_sixteen():
+def test_times_cover_the_whole_range_uniformly_or_by_equal_quantiles_of_a_logit_normal():
+    """But for one in sixteen, which is uniform."""
     sde, normal = sb.VESDE(), torch.distributions.Normal(-0.2, 1)
     t = torch.stack([sb.draw_times(sde, 64, "logit_normal")[0] for _ in range(1000)])
-    assert sb.draw_times(sde, 64, "logit_normal")[1].tolist() == [1.0] * 64
     assert t.dtype == torch.float32 and sde.eps_train <= t.min() < 1e-3 and 0.999 < t.max() <= sde.T
     for fraction in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99):
         below = (t <= fraction).double().mean(1)
         wanted = (fraction + 15 * normal.cdf(torch.logit(torch.tensor(fraction))).item()) / 16
         assert below.mean() == pytest.approx(wanted, abs=0.006)
     assert (t <= 0.5).double().mean(1).std() < 0.03  # of independent draws 0.062
-
-
-def test_simple_times_cover_the_whole_range():
-    t, density = sb.draw_times(sb.VPSDE(), 20_000)
+    for weighting in ("simple", "logit_normal"):
+        assert sb.draw_times(sde, 64, weighting)[1].tolist() == [1.0] * 64
+    t, _ = sb.draw_times(sde, 20_000)
     assert 1e-5 <= t.min() < 2e-3 and 0.998 < t.max() <= 1 and abs(t.mean() - 0.5) < 0.01
-    assert density.tolist() == [1.0] * 20_000
 
 
-class Network(torch.nn.Module):
-    """A network with one answer everywhere, which knows the size of its data and keeps what it was asked."""
+class Network:
+    """It has one answer everywhere, knows the size of its data and keeps what it was asked."""
 
-    def __init__(self, sigma_data, answer=0.0):
-        super().__init__()
-        self.register_buffer("sigma_data", torch.tensor(sigma_data))
-        self.answer = answer
+    def __init__(self, answer, sigma_data=0.5):
+        self.answer, self.sigma_data = answer, torch.tensor(sigma_data)
 
-    def forward(self, x, t):
+    def __call__(self, x, t):
         self.x, self.t = x, t
         return torch.full_like(x, self.answer)
 
 
-def test_vp_asks_the_network_for_eps():
-    x, t = torch.randn(3, 1, 2, 2), torch.tensor([0.1, 0.5, 1.0])
-    for sde in (sb.VPSDE(), sb.SubVPSDE()):
-        network = Network(0.2, 0.7)
-        found = sb.score_fn(network, sde)(x, t)
-        assert_close(found, -0.7 / sde.std(t).view(-1, 1, 1, 1).expand_as(x))
-        assert_close(network.t, 999 * t)
-        assert_close(network.x, x)
+@pytest.mark.parametrize("name", ["vp", "subvp"])
+def test_vp_asks_the_network_for_eps_and_divides_by_std_or_the_least_one(name):
+    sde, network, x, t = SDES[name](), Network(0.7, 0.2), torch.randn(3, 1, 2, 2), torch.tensor([0.1, 0.5, 1.0])
+    found = sb.score_fn(network, sde)(x, t)
+    assert_close(found, -0.7 / sde.std(t).view(-1, 1, 1, 1).expand_as(x))
+    assert_close(network.t, 999 * t)
+    assert_close(network.x, x)
+    x, t = torch.zeros(2, 2), torch.full((2,), 1e-5)
+    assert_close(sb.score_fn(Network(1.0), sde, std_floor=0.1)(x, t), torch.full((2, 2), -10.0))
+    assert_close(sb.score_fn(Network(1.0), sde, std_floor=0.0)(x, t), -1 / sde.std(t)[:, None].expand(2, 2))
 
 
-@pytest.mark.parametrize("sigma_data", [0.2, 1.3])
+@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
 def test_ve_corrects_the_score_of_data_as_large_as_the_network_s(sigma_data):
     """Zeros give the score of N(0, sigma_data^2) data, any other answer moves x0_hat by at most sigma_data."""
     sde, x, t = sb.VESDE(), torch.randn(3, 1, 2, 2), torch.tensor([0.1, 0.5, 1.0])
-    network, sigma = Network(sigma_data), (0.01 * 5000**t).view(-1, 1, 1, 1)
+    network, sigma = Network(0.0, sigma_data), (0.01 * 5000**t).view(-1, 1, 1, 1)
     size = (sigma**2 + sigma_data**2).sqrt()
     silent = sb.score_fn(network, sde)(x, t)
     assert_close(silent, -x / size**2)
     assert_close(network.x, x / size)
     assert_close(network.t, sigma.flatten().log())
-    found = sb.score_fn(Network(sigma_data, 1.0), sde)(x, t)
+    found = sb.score_fn(Network(1.0, sigma_data), sde)(x, t)
     assert_close(sigma**2 * (found - silent), (-sigma_data * sigma / size).expand_as(x), rtol=1e-3, atol=1e-4)
-
-
-def test_a_plain_function_in_place_of_a_network_has_a_sigma_data_of_one_half():
-    sde, x, t = sb.VESDE(), torch.randn(3, 2), torch.tensor([0.1, 0.5, 1.0])
-    found, wanted = (sb.score_fn(network, sde)(x, t) for network in (lambda x, t: 0 * x, Network(0.5)))
-    assert_close(found, wanted, rtol=0, atol=0)
+    if sigma_data == 0.5:  # that of a plain function in place of a network
+        assert_close(sb.score_fn(lambda x, t: 0 * x, sde)(x, t), silent, rtol=0, atol=0)
 
 
 @every_sde
 def test_clamp_acts_on_x0_hat_never_on_x(name, monkeypatch):
-    monkeypatch.setattr(sb, "network_eps", lambda model, sde, x, t: model(x, t))
-    sde, x = SDES[name](), 100 * torch.randn(8, 1, 2, 2).double()
-    t = torch.full((8,), 0.7).double()
-    network = lambda x, c: torch.zeros_like(x)  # noqa: E731
-    score = sb.score_fn(network, sde, clip_x0=True)(x, t)
+    monkeypatch.setattr(sb, "network_eps", lambda model, sde, x, t: model * x)  # eps_hat = model x_t
+    sde, x, t = SDES[name](), 100 * torch.randn(8, 1, 2, 2).double(), torch.full((8,), 0.7).double()
+    score = sb.score_fn(0.0, sde, clip_x0=True)(x, t)
     m, std = sde.m(t).view(-1, 1, 1, 1), sde.std(t).view(-1, 1, 1, 1)
     assert_close(x + std**2 * score, m * (x / m).clamp(-1, 1))
-    small = 1e-3 * x / 100
-    assert_close(sb.score_fn(lambda x, c: 1e-4 * x, sde, clip_x0=True)(small, t),
-                 sb.score_fn(lambda x, c: 1e-4 * x, sde)(small, t), rtol=1e-4, atol=1e-6)
-
-
-def test_std_floor():
-    sde, t = sb.SubVPSDE(), torch.full((2,), 1e-5)
-    one = lambda x, c: torch.ones_like(x)  # noqa: E731
-    assert_close(sb.score_fn(one, sde, std_floor=1e-2)(torch.zeros(2, 2), t), torch.full((2, 2), -100.0))
-    free = sb.score_fn(one, sde, std_floor=0.0)(torch.zeros(2, 2), t)
-    assert_close(free, -1 / sde.std(t)[:, None].expand(2, 2))
+    clamped, free = (sb.score_fn(1e-4, sde, clip_x0=clip_x0)(1e-5 * x, t) for clip_x0 in (True, False))
+    assert_close(clamped, free, rtol=1e-4, atol=1e-6)

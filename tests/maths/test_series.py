@@ -1,15 +1,12 @@
 """experiments/series.py: its network, forecasts from an exact score, spectra."""
 
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, awake
-from exact_scores import SDES, Correlated
+from conftest import awake, experiment
+from exact_scores import SDES
 from torch.testing import assert_close
 
-sys.path.append(str(ROOT / "experiments"))
-import series  # noqa: E402
+series = experiment("series")
 
 
 # The network
@@ -29,16 +26,8 @@ def test_the_network_moves_with_its_input_where_padding_is_not_seen():
     changed = x.clone()
     changed[..., 0] += 1  # nor does the start reach the end
     assert not ((net(changed, t) - y).abs().amax((0, 1)) > 0)[9:].any()
-
-
-@pytest.mark.parametrize("length", [2, 7, 128])
-@pytest.mark.parametrize("fourier", [False, True])
-def test_the_network_takes_any_length_and_hears_the_time(length, fourier):
-    net, x = awake(series.SeriesNet(8, 9, fourier)), torch.randn(3, 1, length)
-    a, b = (net(x, torch.full((3,), t)) for t in (1.0, 2.0))
-    assert a.shape == x.shape and (a - b).abs().max() > 1e-5
-    assert [block.conv1.dilation for block in net.blocks][-3:] == [(1, 64), (1, 1), (1, 2)]
-    assert (series.SeriesNet(8, 3)(x, torch.ones(3)) == 0).all()  # it starts as zero
+    dilations = [block.conv1.dilation for block in series.SeriesNet(8, 9).blocks]
+    assert dilations[:2] == [(1, 1), (1, 2)] and dilations[-3:] == [(1, 64), (1, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("sde", ["ve", "vp"])
@@ -51,42 +40,11 @@ def test_its_settings_reach_the_network(sde, tmp_path, monkeypatch):
 
     monkeypatch.setattr(series, "SeriesNet", made)
     with pytest.raises(Made) as found:
-        series.main(["--preset", "smoke", "--device", "cpu", "--out", str(tmp_path), "--hidden", "24", "--layers", "3",
-                     "--sde", sde])
+        series.main(f"--device cpu --out {tmp_path} --hidden 24 --layers 3 --sde {sde}".split())
     assert found.value.args == (24, 3, sde == "ve")
 
 
 # Forecasts
-
-
-def ar1(L, rho=0.9):
-    """The covariance of an AR(1) process of variance 1."""
-    lag = (torch.arange(L)[:, None] - torch.arange(L)).abs()
-    return rho ** lag.double()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ve", "vp"])
-def test_forecasts_of_an_ar1_process_have_its_conditional_mean_and_variance(name):
-    """Of three values behind five: rho^k times the last one, 1 - rho^2k.
-
-    With five corrector steps within 0.15, and 25 % of the variance; a predictor alone goes half the way.
-    """
-    sde, L, rho = SDES[name](), 8, 0.9
-    data = Correlated(sde, [0.0] * L, ar1(L, rho).tolist())
-    x = torch.tensor([0.3, -0.2, 0.1, 0.6, 1.2, 0.0, 0.0, 0.0]).double().view(1, 1, L)
-    known = torch.arange(L) < 5
-    k, means = torch.arange(1, 4).double(), []
-    for corrector_steps in (0, 5):
-        cfg = series.Config(inpaint_N=100, inpaint_corrector=corrector_steps, inpaint_snr=0.3)
-        found = series.futures(cfg, lambda x, t: data(x[:, 0], t)[:, None], sde, x, known.view(1, 1, L),
-                               2000)
-        assert found.shape == (2000, 1, 1, L)
-        assert (found[..., :5] == x[..., :5]).all()
-        means.append(found[:, 0, 0, 5:].mean(0))
-    assert_close(means[1], 1.2 * rho**k, rtol=0, atol=0.15)
-    assert_close(found[:, 0, 0, 5:].var(0), 1 - rho ** (2 * k), rtol=0.25, atol=0)
-    assert (means[0] / means[1] < 0.65).all()
 
 
 def test_futures_are_those_of_their_own_series():

@@ -3,20 +3,22 @@
 import dataclasses
 import importlib
 import json
+import math
 import sys
 import types
 from typing import Annotated, Literal
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import script_name
 from toy import PRESETS, Config, fit, open_toy
 
 import ddpm_example as ddpm
 from common import cli
 from common.cli import Mistake, Range, check_config, command_line, config_from, parse_args
 
-PAGES = ("ddpm", "ddim", "latent_diffusion", "conditional_diffusion", "score_based_diffusion", "flow_matching")
+PAGES = [importlib.import_module(f"{name}_example") for name in (
+    "ddpm", "ddim", "latent_diffusion", "conditional_diffusion", "score_based_diffusion", "flow_matching")]
 
 
 def parse(*argv):
@@ -52,30 +54,25 @@ def test_a_data_set_takes_the_preset_of_its_name():
 
 
 def test_help_shows_comment_range_and_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse("--help")
-    said = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    assert "diffusion steps (paper: 1000) {>= 1} [10]" in said
-    assert "peak learning rate, in 100% plain words {> 0} [0.01]" in said
-    assert "width of each level {>= 1} [1 2]" in said and "{a,b}" in said
+    import experiments.series as series  # its Config inherits
+
+    said = []
+    for own, presets in ((Config, PRESETS), (series.Config, series.PRESETS)):
+        with pytest.raises(SystemExit) as stop:
+            parse_args(own, presets, ["--help"])
+        said.append(" ".join(capsys.readouterr().out.split()))
+        assert stop.value.code == 0
+    assert "diffusion steps (paper: 1000) {>= 1} [10]" in said[0]
+    assert "peak learning rate, in 100% plain words {> 0} [0.01]" in said[0]
+    assert "width of each level {>= 1} [1 2]" in said[0] and "{a,b}" in said[0]
+    assert "peak learning rate" in said[1] and "forecast" in said[1]
 
 
-def test_the_help_of_a_config_that_inherits_has_the_comments_of_both(capsys):
-    import experiments.series as series
-
-    with pytest.raises(SystemExit):
-        parse_args(series.Config, series.PRESETS, ["--help"])
-    said = capsys.readouterr().out
-    assert "peak learning rate" in said and "forecast" in said
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_every_preset_keeps_the_ranges_and_every_sampling_field_is_one(page):
-    module = importlib.import_module(f"{page}_example")
-    assert set(module.SAMPLING) < {field.name for field in dataclasses.fields(module.Config)}
-    for preset in module.PRESETS.values():
-        check_config(preset)
+def test_every_preset_keeps_the_ranges_and_every_sampling_field_is_one():
+    for page in PAGES:
+        assert set(page.SAMPLING) < {field.name for field in dataclasses.fields(page.Config)}
+        for preset in page.PRESETS.values():
+            check_config(preset)
 
 
 def test_arguments_of_a_notebook_kernel_are_ignored(monkeypatch):
@@ -83,73 +80,46 @@ def test_arguments_of_a_notebook_kernel_are_ignored(monkeypatch):
     assert parse_args(Config, PRESETS)[0] == Config()
 
 
-# Types and comments
+# Types
 
 
-def test_each_type_allows_what_its_words_say():
-    for hint, words, inside, outside in (
-            (cli.Count, ">= 1", (1, 9, 10**9), (0, 10**10)), (cli.Whole, ">= 0", (0, 9), (-1,)),
-            (cli.Positive, "> 0", (1e-9,), (0.0, float("nan"), float("inf"))),
-            (cli.NonNegative, ">= 0", (0.0, 7.0), (-1e-9,)), (cli.Probability, "in [0, 1]", (0.0, 1.0), (-0.1, 1.1)),
-            (cli.Fraction, "in [0, 1)", (0.0, 0.99), (1.0,)), (cli.OpenFraction, "in (0, 1)", (0.5,), (0.0, 1.0)),
-            (Literal["a", "b"], "one of a, b", ("b",), ("c", "")), (float, "finite", (-1.0,), (float("nan"),)),
-            (tuple[cli.Count, ...], ">= 1", ((5,), ()), ((1, 0), (-1,))),
-            (Annotated[float, Range("in [-1, 0]", lambda x: -1 <= x <= 0)], "in [-1, 0]", (-1.0,), (-1.5, 0.1))):
-        One = dataclasses.make_dataclass("One", [("a", hint)])
-        for value in inside:
+@pytest.mark.parametrize("hint, words, inside, outside", [
+    (cli.Count, ">= 1", (1, 9, 10**9), (0, -5)), (cli.Count, "at most 1e+09", (), (10**10,)),
+    (cli.Whole, ">= 0", (0, 9), (-1,)), (cli.Positive, "> 0", (1e-9,), (0.0, math.nan, math.inf)),
+    (cli.NonNegative, ">= 0", (0.0, 7.0), (-1e-9,)), (cli.Probability, "in [0, 1]", (0.0, 1.0), (-0.1, 1.1)),
+    (cli.Fraction, "in [0, 1)", (0.0, 0.99), (1.0,)), (cli.OpenFraction, "in (0, 1)", (0.5,), (0.0, 1.0)),
+    (Literal["a", "b"], "one of a, b", ("b",), ("c", "")), (float, "finite", (-1.0,), (math.nan,)),
+    (tuple[cli.Count, ...], ">= 1", ((5,), ()), ((1, 0), (-1,))),
+    (Annotated[float, Range("in [-1, 0]", lambda x: -1 <= x <= 0)], "in [-1, 0]", (-1.0,), (-1.5, 0.1))])
+def test_each_type_allows_what_its_words_say(hint, words, inside, outside):
+    One = dataclasses.make_dataclass("One", [("a", hint)])
+    for value in inside:
+        check_config(One(value))
+    for value in outside:
+        with pytest.raises(Mistake, match="^a .*must be ") as problem:
             check_config(One(value))
-        for value in outside:
-            with pytest.raises(Mistake, match="^a .*must be ") as problem:
-                check_config(One(value))
-            assert words in str(problem.value) or value == 10**10
-
-
-@pytest.mark.parametrize("edit", [
-    ("# diffusion steps (paper: 1000)", "# was 1000 -> 500, in [3, 5], > 99"),
-    ("    # sampling\n", ""),
-    ("    n_samples: Count = 4               # samples drawn at the end", "    n_samples: Count = 4")])
-def test_a_comment_never_changes_what_the_program_does(edit, tmp_path, monkeypatch):
-    source = (ROOT / "tests/plumbing/toy.py").read_text()
-    assert edit[0] in source
-    (tmp_path / "edited_toy.py").write_text(source.replace(*edit))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "edited_toy", raising=False)
-    edited = importlib.import_module("edited_toy")
-    check_config(edited.Config())
-    cfg, _ = parse_args(edited.Config, edited.PRESETS, ["--T", "4", "--n_samples", "9"])
-    assert dataclasses.asdict(cfg) == dataclasses.asdict(Config(T=4, n_samples=9))
-    with pytest.raises(Mistake, match="T 0"):
-        check_config(edited.Config(T=0))
-    merged = cli.merge_config(edited.Config(), cfg, edited.SAMPLING, {"n_samples": 9}, "x")
-    assert (merged.n_samples, merged.T) == (9, 10)
+        assert words in str(problem.value)
 
 
 def test_a_field_that_the_script_gains_or_loses_leaves_old_checkpoints_readable(capsys):
-    @dataclasses.dataclass(frozen=True)
-    class Edited:
-        T: cli.Count = 10
-        new: float = 0.5
-
-    cfg = config_from({"T": 3, "old": 1}, Edited, "--sample x")
-    assert cfg == Edited(T=3, new=0.5)
+    Edited = dataclasses.make_dataclass("Edited", [("T", cli.Count, 10), ("new", float, 0.5)])
+    assert config_from({"T": 3, "old": 1}, Edited, "--sample x") == Edited(T=3, new=0.5)
     assert "new, old" in capsys.readouterr().out
 
 
 def test_a_stored_config_keeps_its_types():
     hints = dataclasses.asdict(Config(widths=(3, 4), lr=2.0))
     assert config_from(json.loads(json.dumps(hints | {"lr": 2})), Config, "x") == Config(widths=(3, 4), lr=2.0)
-    for name, value in (("T", 1.5), ("T", "3"), ("widths", 3), ("widths", [1, 1.5]), ("flip", "no"),
-                        ("lr", "fast"), ("T", 10**400)):
+    for name, value in (("T", 1.5), ("T", "3"), ("widths", 3), ("widths", [1, 1.5]), ("flip", "no"), ("T", 10**400)):
         with pytest.raises(Mistake, match=f"x: {name} .*must be"):
             config_from(hints | {name: value}, Config, "x")
-    for other in ([], {}, {"colour": "blue"}, None):
+    for other in ([], {"colour": "blue"}):
         with pytest.raises(Mistake, match="not one of this script"):
             config_from(other, Config, "x")
 
 
-@pytest.mark.parametrize("hint", [int | None, list[int], dict])
-def test_a_type_that_no_flag_can_have_is_named(hint):
-    Odd = dataclasses.make_dataclass("Odd", [("dataset", str, "digits"), ("a", hint, None)])
+def test_a_type_that_no_flag_can_have_is_named():
+    Odd = dataclasses.make_dataclass("Odd", [("dataset", str, "digits"), ("a", list[int], None)])
     with pytest.raises(TypeError, match="is no type of a setting"):
         parse_args(Odd, {"own": Odd()}, [])
 
@@ -178,34 +148,26 @@ def refused(capsys, tmp_path, *argv, main=ddpm.main, out=None):
     (["--dataset", "birds"], ["--dataset birds", "digits", "folder:PATH"]),
     (["--device", "tpu"], ["--device", "tpu", "auto", "cpu", "cuda", "mps"]),
     (["--T", "many"], ["--T", "many"]),
-    (["--T"], ["--T"]),
     (["--T", "0"], ["--T 0: must be >= 1"]),
-    (["--mults", "1", "x"], ["--mults", "x"]),
     (["--mults", "1", "0"], ["--mults 1 0: must be >= 1"]),
-    (["--mults"], ["--mults"]),
+    (["--mults"], ["--mults: needs at least one"]),
     (["--mults", "1", "2", "2", "2"], ["28", "16", "32"]),
     (["--lr", "nan"], ["--lr nan: must be > 0"]),
-    (["--schedule", "square"], ["--schedule", "square", "linear", "cosine"]),
     (["--image_size", "30"], ["--image_size 30", "28, 32"]),
     (["--heads", "3"], ["--heads 3: must divide channels 8"]),
     (["--groups", "3"], ["--groups 3: must divide channels 8"]),
     (["--channels", "2", "--groups", "1"], ["--channels 2", "even and at least 4"]),
     (["--channels", "5", "--groups", "1"], ["--channels 5", "even"]),
-    (["--amp", "fp8"], ["--amp", "fp8", "off", "bf16", "fp16"]),
     (["--amp", "fp16", "--device", "cpu"], ["--amp fp16", "off, bf16 on cpu"]),
     (["--seed", "-1"], ["--seed -1"]),
-    (["--seed", str(2**63)], [f"--seed {2**63}"]),
     (["--evaluate", "1"], ["--evaluate 1", "in [10, 1e6]"]),
     (["--config", "/no/such/config.json"], ["--config /no/such/config.json"]),
-    (["--sample", "/no/such/checkpoint.pt"], ["/no/such/checkpoint.pt"]),
-    (["--resume", "/no/such/run"], ["/no/such/run"]),
+    (["--sample", "/no/such/checkpoint.pt"], ["--sample /no/such/checkpoint.pt"]),
     (["--resume"], ["--resume: no run of ddpm"]),
     (["--dataset", "two_moons"], ["--dataset two_moons", "score_based"]),
     (["--dataset", "csv:none.csv"], ["--dataset csv:", "none.csv: must be one of", "experiments/series.py"]),
     (["--steps", "1" + 400 * "0"], ["--steps 1000", "at most 1e+09"]),
-    (["--n_samples", "1" + 5000 * "0"], ["--n_samples"]),
     (["--sample", "a\0b"], ["--sample"]),
-    (["--sample", 300 * "a"], ["--sample aaa", "File name too long"]),
     (["--resume", 300 * "a"], ["--resume aaa"]),
     (["--sample", "3", "1", "4"], ["1 4", "--sample takes one checkpoint"]),
     *((["--" + name, ""], [f"--{name} '': must name a path"]) for name in ("sample", "resume", "config", "out")),
@@ -218,15 +180,6 @@ def test_a_mistake_is_one_line_that_names_it(argv, words, capsys, tmp_path):
     assert len(said) < 500
 
 
-def test_an_attention_that_no_level_has_is_said(capsys):
-    sizes = dict(image_size=28, channels=8, heads=1, groups=4, patch=2)
-    ddpm.UNet(1, mults=(1, 2), attention=(7, 9), **sizes)
-    said = capsys.readouterr().out
-    assert "--attention 9 changes nothing" in said and "14 7" in said
-    ddpm.UNet(1, mults=(1, 2), attention=(14, 7), **sizes)
-    assert capsys.readouterr().out == ""
-
-
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file" / "runs", tmp_path / "file", "a\0b"):
@@ -236,48 +189,44 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_a_config_file_of_another_kind(capsys, tmp_path):
-    for text in ("", "{", "[]", '{"config": {}}', '{"seed": 0, "config": []}', '{"seed": -1, "config": {"T": 3}}'):
-        (tmp_path / "config.json").write_text(text)
-        assert "config.json" in refused(capsys, tmp_path, "--config", tmp_path / "config.json")
-    fields = dataclasses.asdict(ddpm.Config(lr=float("nan")))
-    (tmp_path / "config.json").write_text(json.dumps({"seed": 0, "config": fields}))
-    assert "lr nan: must be > 0" in refused(capsys, tmp_path, "--config", tmp_path / "config.json")
+    file = tmp_path / "config.json"
+    fields = json.dumps(dataclasses.asdict(ddpm.Config(lr=math.nan)))
+    for text, words in (
+            ("", ""), ("{", ""), ("[]", ""), ('{"config": {}}', ""), ('{"seed": 0, "config": []}', ""),
+            ('{"seed": -1, "config": {"T": 3}}', "seed"), (f'{{"seed": 0, "config": {fields}}}', "lr nan: must be > 0")):
+        file.write_text(text)
+        said = refused(capsys, tmp_path, "--config", file)
+        assert f"--config {file}: " in said and words in said
 
 
-def test_the_pages_refuse_the_same_way(capsys, tmp_path):
-    for page in PAGES:
-        main = importlib.import_module(f"{page}_example").main
-        assert "--chanels" in refused(capsys, tmp_path, "--chanels", "8", main=main)
-        assert "--batch_size 0" in refused(capsys, tmp_path, "--batch_size", "0", main=main)
+@pytest.mark.parametrize("page", PAGES, ids=script_name)
+def test_the_pages_refuse_the_same_way(page, capsys, tmp_path):
+    assert "--chanels" in refused(capsys, tmp_path, "--chanels", "8", main=page.main)
+    assert "--batch_size 0" in refused(capsys, tmp_path, "--batch_size", "0", main=page.main)
 
 
 # Other errors keep their traceback
 
 
-def unpack():
-    _, _ = (1, 2, 3)
-
-
-@pytest.mark.parametrize("error", [
-    unpack, lambda: {}["absent"], lambda: open("/no/such/file"), lambda: int("three"),
-    lambda: (_ for _ in ()).throw(RuntimeError("illegal memory access"))])
+@pytest.mark.parametrize("error", [ValueError("too many values"), KeyError("absent"), FileNotFoundError("file"),
+                                   RuntimeError("illegal memory access")])
 @pytest.mark.parametrize("place", ["load_images", "draw_t"])
 def test_a_student_s_own_error_keeps_its_traceback(error, place, tmp_path, monkeypatch, capsys):
     """In a function of the page that main calls before the training, or the training itself."""
     def broken(*args):
-        error()
+        raise error
 
     monkeypatch.setattr(ddpm, place, broken)
-    with pytest.raises((ValueError, RuntimeError, KeyError, OSError)) as problem:
-        ddpm.main(["--preset", "smoke", "--out", str(tmp_path)])
-    assert not isinstance(problem.value, Mistake) and "error: " not in capsys.readouterr().err
-    assert "broken" in [entry.name for entry in problem.traceback]
+    with pytest.raises(type(error)) as problem:
+        ddpm.main(["--preset", "smoke", "--image_size", "8", "--out", str(tmp_path)])
+    assert problem.value is error and "error: " not in capsys.readouterr().err
 
 
 def test_a_mistake_is_a_line_and_in_a_notebook_an_exception(monkeypatch, capsys):
-    space = {"Mistake": Mistake, "Config": Config, "__name__": "script"}
-    exec("def main(argv=None):\n    raise Mistake(argv)", space)
-    main = command_line(space["main"])
+    @command_line
+    def main(argv):  # of this module, whose Config has a field T
+        raise Mistake(argv)
+
     for text, line in (("T 30: must be\nat most 20", "error: --T 30: must be at most 20\n"),
                        ("mask x: is black", "error: mask x: is black\n"),
                        ("--resume x: no", "error: --resume x: no\n")):
@@ -306,12 +255,11 @@ def test_too_little_memory_is_one_line_with_the_flags_that_help(problem, tmp_pat
 
 def test_what_takes_seconds_to_import_is_imported_where_it_is_needed(monkeypatch, capsys):
     """--help and the bundled digits need torch and numpy alone."""
+    slow = ("sklearn", "scipy", "matplotlib", "torchvision", "IPython")
     for name in list(sys.modules):
-        if name.split(".")[0] in ("sklearn", "scipy", "matplotlib", "torchvision", "IPython"):
-            monkeypatch.delitem(sys.modules, name)
-        if name.split(".")[0] in ("common", "ddpm_example"):
-            monkeypatch.delitem(sys.modules, name)  # they are imported anew
-    for name in ("sklearn", "scipy", "matplotlib", "torchvision", "IPython"):
+        if name.split(".")[0] in (*slow, "common", "ddpm_example"):
+            monkeypatch.delitem(sys.modules, name)  # the page is imported anew
+    for name in slow:
         monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
     page = importlib.import_module("ddpm_example")
     with pytest.raises(SystemExit):
@@ -320,27 +268,25 @@ def test_what_takes_seconds_to_import_is_imported_where_it_is_needed(monkeypatch
     assert page.load_images("digits").shape == (1, 28, 28)
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("flag", ["out", "config", "sample", "resume"])
+def test_a_tilde_is_the_home_folder(flag, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for flag in ("out", "config", "sample", "resume"):
-        if flag == "config":
-            (tmp_path / "x").write_text('{"config": {"T": 3}, "seed": 1}')
-        _, opts = cli.parse_args(Config, PRESETS, [f"--{flag}=~/x"])
-        assert getattr(opts, flag) == str(tmp_path / "x")
+    (tmp_path / "x").write_text('{"config": {"T": 3}, "seed": 1}')
+    assert getattr(parse(f"--{flag}=~/x")[1], flag) == str(tmp_path / "x")
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["--warmup", "9", "--steps", "5"], True), (["--warmup", "5", "--steps", "5"], False),
-    (["--steps", "5"], False)])
-def test_a_warm_up_longer_than_the_training_is_said(argv, said, tmp_path, capsys):
-    open_toy(tmp_path, *argv)
-    assert ("warm-up of 9 steps is longer" in capsys.readouterr().out) == said
+def test_flags_that_change_nothing_are_said(tmp_path, capsys):
+    def said(*argv):
+        open_toy(*argv)
+        return capsys.readouterr().out
 
-
-def test_another_out_with_resume_is_said(tmp_path, capsys):
+    assert "warm-up of 9 steps is longer" in said(tmp_path, "--warmup", 9, "--steps", 5)
+    assert said(tmp_path, "--warmup", 5, "--steps", 5) == said(tmp_path, "--steps", 5) == ""
     _, run = open_toy(tmp_path / "one")
     fit(run)
-    for out, said in ((tmp_path / "two", True), (tmp_path / "one", False)):
-        capsys.readouterr()
-        open_toy(out, "--resume", run.folder)
-        assert ("not used, the run goes on in its own folder" in capsys.readouterr().out) == said
+    assert "not used, the run goes on in its own folder" in said(tmp_path / "two", "--resume", run.folder)
+    assert "not used" not in said(tmp_path / "one", "--resume", run.folder)
+    sizes = dict(image_size=28, channels=8, heads=1, groups=4, patch=2)
+    for attention, words in (((7, 9), "--attention 9 changes nothing"), ((14, 7), "")):
+        ddpm.UNet(1, mults=(1, 2), attention=attention, **sizes)
+        assert words in (out := capsys.readouterr().out) and bool(words) == bool(out)

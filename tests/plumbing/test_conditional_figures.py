@@ -19,6 +19,7 @@ import torch
 from conftest import only_run, open_run, spied
 from torch.testing import assert_close
 
+TRUE_PROCESS = cond.guided_process
 
 @pytest.fixture(scope="module")
 def coded():
@@ -36,28 +37,31 @@ def class_of(pictures):
     return (5 * (pictures.flatten(1).mean(1) + 0.9)).round().long().tolist()
 
 
+def asked_of(samples):
+    """The class that the stand-in was asked for in each sample."""
+    return (samples / 10_000).flatten(1).mean(1).round().long().tolist()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, coded):
-    """The folder of a smoke run on the coded pictures; its previews were not drawn."""
-    cfg, run, _ = open_run(cond, tmp_path_factory.mktemp("trained"), "--preview_every", 100)
-    run.load(coded)
-    cond.train(cfg, run, coded)
-    return run.folder
-
-
-@pytest.fixture
-def with_config(trained, tmp_path):
-    """with_config(p_uncond=1.0): a copy of that checkpoint with other values in its Config."""
-    def copy(**values):
-        state = torch.load(trained / "checkpoint.pt", weights_only=True)
-        torch.save(state | {"config": state["config"] | values}, tmp_path / "copy.pt")
-        return tmp_path / "copy.pt"
-    return copy
+    """(folder of a run on the coded pictures, the pictures and labels that its loss was given)."""
+    pairs = []
+    with pytest.MonkeyPatch.context() as patch:
+        spied(patch, cond, "v_loss", lambda given, _: pairs.extend(
+            zip(class_of(given["x0"]), given["model"].keywords["y"].tolist(), strict=True)))
+        cfg, run, _ = open_run(cond, tmp_path_factory.mktemp("trained"), "--preview_every", 100, "--T", 8,
+                               "--p_uncond", 0.3, "--batch_size", 32, "--steps", 3)
+        run.load(coded)
+        cond.train(cfg, run, coded)
+    return run.folder, pairs
 
 
 @pytest.fixture
 def shown(trained, coded, drawings, tmp_path, monkeypatch):
-    """shown(main, *flags): (drawings, metrics, calls of the sampler) of main --sample."""
+    """shown(main, *flags): (drawings, metrics, calls of the sampler) of main --sample.
+
+    config: values of the checkpoint's Config in place of its own.
+    """
     calls = []
 
     def guided_process(cfg, model, xT, schedule, y, w, classifier=None):
@@ -69,28 +73,23 @@ def shown(trained, coded, drawings, tmp_path, monkeypatch):
     monkeypatch.setattr(cond.quality, "load_judge", lambda *_, **__: (None, {}))
     monkeypatch.setattr(cond, "guided_process", guided_process)
 
-    def run(main, *flags, folder=trained):
-        main(["--sample", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu", *map(str, flags)])
-        written = only_run(tmp_path / "out", "conditional")
-        return drawings, json.loads((written / "metrics.json").read_text()), calls
+    def run(main, *flags, **config):
+        state = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
+        torch.save(state | {"config": state["config"] | config}, tmp_path / "copy.pt")
+        main(["--sample", str(tmp_path / "copy.pt"), "--out", str(tmp_path / "out"), "--device", "cpu",
+              *map(str, flags)])
+        metrics = only_run(tmp_path / "out", "conditional") / "metrics.json"
+        return drawings, json.loads(metrics.read_text()), calls
     return run
 
 
 # Labels in training
 
 
-@pytest.mark.parametrize("p_uncond", [0.3, 1.0])
-def test_each_picture_is_trained_with_its_label_or_with_none(p_uncond, coded, tmp_path, monkeypatch):
-    pairs = []
-    spied(monkeypatch, cond, "v_loss", lambda given, _: pairs.extend(
-        zip(class_of(given["x0"]), given["model"].keywords["y"].tolist(), strict=True)))
-    cfg, run, _ = open_run(cond, tmp_path, "--p_uncond", p_uncond, "--preview_every", 100, "--batch_size", 32,
-                           "--steps", 3)
-    run.load(coded)
-    cond.train(cfg, run, coded)
-    dropped = [label == 10 for _, label in pairs]
+def test_each_picture_is_trained_with_its_label_or_with_none(trained):
+    _, pairs = trained
     assert all(label in (true, 10) for true, label in pairs) and len(pairs) == 96
-    assert all(dropped) if p_uncond == 1 else 10 < sum(dropped) < 50
+    assert 10 < sum(label == 10 for _, label in pairs) < 50
 
 
 def test_the_noisy_classifier_is_trained_with_the_label_of_each_picture(coded, tmp_path, monkeypatch):
@@ -98,7 +97,7 @@ def test_the_noisy_classifier_is_trained_with_the_label_of_each_picture(coded, t
     true, asked = [], []
     spied(monkeypatch, cond, "q_sample", lambda given, _: true.extend(class_of(given["x0"])))
     spied(monkeypatch, cond.F, "cross_entropy", lambda given, _: asked.extend(given["target"].tolist()))
-    cfg, run, _ = open_run(cond, tmp_path)
+    cfg, run, _ = open_run(cond, tmp_path, "--classifier_steps", 1)
     cond.train_classifier(cfg, run, coded, cond.make_schedule("linear", 20))
     assert true == asked and len(set(asked)) == 10
     assert len(list((tmp_path / "cache").iterdir())) == 1  # kept for the next run
@@ -107,38 +106,35 @@ def test_the_noisy_classifier_is_trained_with_the_label_of_each_picture(coded, t
 # What the labels of the figures say
 
 
-@pytest.mark.parametrize("main", [cond.main, figures.main], ids=["page", "experiment"])
-def test_the_grid_has_a_row_for_each_weight_and_a_column_for_each_class(main, shown):
-    drawn, _, calls = shown(main, "--w", -1, 0, 3, "--w_samples", 0.5, "--classes", 3, 1, 4)
-    grid = drawn["grid.png"]
-    assert grid["row_labels"] == ["unconditional", "w = 0", "w = 3"] and grid["column_labels"] == ["d", "b", "e"]
+def check_grid(grid, calls, classes):
+    """Each column is one noise and class, each row one weight: -1, 0 and 3."""
+    assert grid["row_labels"] == ["unconditional", "w = 0", "w = 3"]
+    assert grid["column_labels"] == ["abcdefghij"[c] for c in classes]
     xT = next(xT for _, _, xT, y, w, _ in calls if w == -1)
-    for w, row in zip((-1, 0, 3), grid["rows"], strict=True):  # each column one noise
-        assert_close(row, xT + 100 * w + 10_000 * torch.tensor([3, 1, 4]).view(-1, 1, 1, 1), rtol=0, atol=0.01)
+    for w, row in zip((-1, 0, 3), grid["rows"], strict=True):
+        assert_close(row, xT + 100 * w + 10_000 * torch.tensor(classes).view(-1, 1, 1, 1), rtol=0, atol=0.01)
 
 
-def test_samples_of_classes_stand_in_their_order_above_real_ones(shown):
-    drawn, metrics, _ = shown(cond.main, "--classes", 3, 1, 4, 1, 5, "--w_samples", 0.5)
+def test_asked_for_classes_stand_in_their_order_above_real_ones(shown):
+    drawn, metrics, calls = shown(cond.main, "--w", -1, 0, 3, "--classes", 3, 1, 4, 1, 5, "--w_samples", 0.5)
     (samples, real), table = drawn["samples.png"]["rows"], drawn["samples.png"]
     assert table["row_labels"] == ["w = 0.5", "real"] and table["column_labels"] == ["d", "b", "e", "b", "f"]
-    assert (samples / 10_000).flatten(1).mean(1).round().tolist() == class_of(real) == [3, 1, 4, 1, 5]
-    assert metrics["sampling"]["n"] == 5
     *_, (_, film) = drawn["denoising.gif"]["states"]
-    assert (film / 10_000).flatten(1).mean(1).round().tolist() == [3, 1, 4, 1, 5]
+    assert asked_of(samples) == class_of(real) == asked_of(film) == [3, 1, 4, 1, 5] and metrics["sampling"]["n"] == 5
+    check_grid(drawn["grid.png"], calls, [3, 1, 4, 1, 5])
 
 
 def test_samples_of_all_classes_stand_by_class_beside_held_out_pictures(shown):
     drawn, _, _ = shown(cond.main, "--n_samples", 30, "--w_samples", 0.5, "--S", 3)
     (name, samples), (of_real, real) = drawn["samples.png"]["parts"]
-    n = drawn["samples.png"]["columns"]
-    assert n == 3 and name == "3 DDIM steps, w = 0.5" and of_real == "real, held out"
-    by_class = [c for c in range(10) for _ in range(n)]
-    assert class_of(real) == (samples / 10_000).flatten(1).mean(1).round().long().tolist() == by_class
+    assert (name, of_real, drawn["samples.png"]["columns"]) == ("3 DDIM steps, w = 0.5", "real, held out", 3)
+    assert class_of(real) == asked_of(samples) == [c for c in range(10) for _ in range(3)]
     assert "grid.png" not in drawn
 
 
-def test_the_experiment_draws_every_class_from_the_same_noises(shown, trained):
-    drawn, _, calls = shown(figures.main, "--w_samples", 0.5)
+def test_the_experiment_draws_every_class_from_the_same_noises_by_the_average(shown, trained):
+    drawn, _, calls = shown(figures.main, "--w", -1, 0, 3, "--w_samples", 0.5)
+    check_grid(drawn["grid.png"], calls, [*range(10)])
     table = drawn["same_noise.png"]
     assert table["row_labels"] == [f"noise {i}" for i in (1, 2, 3, 4, 5)]
     assert table["column_labels"] == list("abcdefghij")
@@ -146,9 +142,8 @@ def test_the_experiment_draws_every_class_from_the_same_noises(shown, trained):
     for noise, other in zip(noises, noises[1:] + noises[:1], strict=True):
         assert_close(noise, noise[:1].expand_as(noise), rtol=0, atol=0.05)
         assert (noise - other).abs().max() > 1
-    samples = drawn["neighbours.png"]["drawn"]
-    assert ((samples - 50) / 10_000).flatten(1).mean(1).round().tolist() == [*range(10), 0, 1]
-    average = torch.load(trained / "checkpoint.pt", weights_only=True)["ema"]
+    assert asked_of(drawn["neighbours.png"]["drawn"] - 50) == [*range(10), 0, 1]
+    average = torch.load(trained[0] / "checkpoint.pt", weights_only=True)["ema"]
     for _, model, *_ in calls:
         assert not model.training
         assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
@@ -156,55 +151,39 @@ def test_the_experiment_draws_every_class_from_the_same_noises(shown, trained):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
-def test_the_scale_of_classifier_guidance_is_1_plus_w(sampler, trained, coded, drawings, tmp_path, monkeypatch):
+def test_the_scale_of_classifier_guidance_is_1_plus_w(sampler, shown, monkeypatch):
     """The classifier is the one that was trained, the clamp comes before its push."""
     classifier, used = cond.NoisyClassifier(1, 10, 8, 4).eval().requires_grad_(False), []
-    monkeypatch.setattr(cond, "load_images", lambda *_: coded)
-    monkeypatch.setattr(cond.quality, "load_judge", lambda *_, **__: (None, {}))
+    monkeypatch.setattr(cond, "guided_process", TRUE_PROCESS)
     monkeypatch.setattr(cond, "train_classifier", lambda *_: classifier)
     spied(monkeypatch, cond, "classifier_guided_eps", lambda given, _: used.append(given))
-    cond.main(["--sample", str(trained), "--out", str(tmp_path), "--device", "cpu", "--guidance", "classifier",
-               "--sampler", sampler, "--variance", "beta", "--w", "-1", "0", "3", "--w_samples", "0.5",
-               "--classes", "3"])
-    alphas, scales = cond.make_schedule("linear", 20).alphas, []
+    drawn, _, _ = shown(cond.main, "--guidance", "classifier", "--sampler", sampler, "--variance", "beta",
+                        "--w", -1, 0, 3, "--w_samples", 0.5, "--classes", 3)
+    alphas, scales = cond.make_schedule("linear", 8).alphas, []
     for given in used:  # of Alg. 1 with sigma^2 = beta: s sqrt(alpha)
         factor = 1 if sampler == "ddim" else alphas[given["t"][0]].sqrt()
         scales.append(round(float(given["s"].flatten()[0] / factor), 3))
         assert isinstance(given["model"], cond.ClippedModel) and given["classifier"] is classifier
     assert list(dict.fromkeys(scales)) == [1.5, 0, 1, 4]
-    assert drawings["grid.png"]["row_labels"] == ["unconditional", "s = 1", "s = 4"]
-
-
-def test_the_sweep_wants_a_network_with_a_null_class(shown, with_config, capsys):
-    with pytest.raises(SystemExit):
-        shown(figures.main, "--guidance", "none", "--evaluate", 10, folder=with_config(p_uncond=0.0))
-    said = capsys.readouterr().err
-    assert "--evaluate 10" in said and "null class" in said
-
-
-# Ctrl-C
-
-
-def interrupts_in(name, monkeypatch):
-    """Ctrl-C in the second step of a loop."""
-    steps = Run.steps
-
-    def interrupted(run, count, loop="model", *args, **kwargs):
-        for step in steps(run, count, loop, *args, **kwargs):
-            yield step
-            if loop == name and step == 1:
-                signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Run, "steps", interrupted)
+    assert drawn["grid.png"]["row_labels"] == ["unconditional", "s = 1", "s = 4"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loop", ["model", "classifier"])
 def test_after_ctrl_c_nothing_is_drawn_with_an_unfinished_classifier(loop, tmp_path, monkeypatch, capsys):
+    """Ctrl-C comes in the second step of a loop."""
+    steps = Run.steps
+
+    def interrupted(run, count, name="model", *args, **kwargs):
+        for step in steps(run, count, name, *args, **kwargs):
+            yield step
+            if name == loop and step == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Run, "steps", interrupted)
     monkeypatch.setattr(common.data, "CACHE", tmp_path / "cache")
-    interrupts_in(loop, monkeypatch)
-    cond.main(["--preset", "smoke", "--guidance", "classifier", "--device", "cpu", "--out", str(tmp_path),
-               "--preview_every", "100"])
+    cond.main(["--preset", "smoke", "--dataset", "digits8", "--guidance", "classifier", "--device", "cpu",
+               "--out", str(tmp_path), "--preview_every", "100"])
     folder = only_run(tmp_path, "conditional")
     assert {file.name for file in folder.iterdir()} == {"config.json", "log.csv", "metrics.json", "checkpoint.pt"}
     assert "no classifier to guide the samples; --resume goes on" in capsys.readouterr().out
@@ -218,64 +197,61 @@ def test_after_ctrl_c_nothing_is_drawn_with_an_unfinished_classifier(loop, tmp_p
 @pytest.mark.parametrize("p_uncond, kinds", [
     (0.1, {"classifier-free": "classifier_free", "classifier: null class": "classifier"}),
     (1.0, {"classifier: unconditional": "classifier"})])
-def test_guidance_is_measured_at_every_weight(p_uncond, kinds, shown, with_config, monkeypatch):
+def test_guidance_is_measured_at_every_weight(p_uncond, kinds, shown, monkeypatch):
     """Of each kind of guidance; an unconditional network has but one."""
-    def classifier(xt, t):  # right up to t = 10, then never
-        y = (5 * (data_of_test["x"].flatten(1).mean(1) + 0.9)).round().long()
-        return torch.nn.functional.one_hot((y + (t > 10)) % 10, 10).float()
+    noised, calls, number = [], [], {"classifier_free": 1.0, "classifier": 2.0}
+
+    def classifier(xt, t):  # right up to t = 4, then never
+        y = torch.tensor(class_of(noised[-1]))
+        return torch.nn.functional.one_hot((y + (t > 4)) % 10, 10).float()
 
     def quality(run, states, model, steps, data, labels):
         *_, (_, x) = states(range(5, 105))
-        asked = (x / 10_000).flatten(1).mean(1).round().tolist()
-        assert asked == [i % 10 for i in range(5, 105)] and labels.tolist() == [i % 10 for i in range(120)]
+        assert asked_of(x) == [i % 10 for i in range(5, 105)] and labels.tolist() == [i % 10 for i in range(120)]
         w = (x - 10_000 * (torch.arange(5, 105) % 10).view(-1, 1, 1, 1)).mean().item() / 100
         return {"n": 120, "accuracy": round(w), "accuracy_of_held_out": 0.9, "recall": steps,
-                "frechet_distance": number[calls[-1][0].guidance], "frechet_distance_of_held_out": 1.0}
+                "frechet_distance": number[calls[-1].guidance], "frechet_distance_of_held_out": 1.0}
 
-    data_of_test, number = {}, {"classifier_free": 1.0, "classifier": 2.0}
-    spied(monkeypatch, cond, "q_sample", lambda given, _: data_of_test.update(x=given["x0"]))
+    spied(monkeypatch, cond, "q_sample", lambda given, _: noised.append(given["x0"]))
     monkeypatch.setattr(cond, "train_classifier", lambda *_: classifier)
     monkeypatch.setattr(Run, "quality", quality)
-    calls = []
-    true = cond.guided_process
-    monkeypatch.setattr(cond, "guided_process", lambda *a, **k: calls.append(a) or true(*a, **k))
+    spied(monkeypatch, cond, "guided_process", lambda given, _: calls.append(given["cfg"]))
     drawn, metrics, sampled = shown(figures.main, "--guidance", "classifier", "--w", 7, 3, "--evaluate", 120, "--S", 4,
-                                    folder=with_config(p_uncond=p_uncond))
+                                    p_uncond=p_uncond)
+    sweep = metrics["guidance_sweep"]
     assert {name: {w: (row["accuracy"], row["frechet_distance"], row["recall"]) for w, row in rows.items()}
-            for name, rows in metrics["guidance_sweep"].items()} == {
+            for name, rows in sweep.items()} == {
         name: {f"{w}": (w, number[guidance], 4) for w in (-1, 0, 2, 3, 7)} for name, guidance in kinds.items()}
-    of_classifier = list(metrics["guidance_sweep"].values())[-1]
-    assert metrics["evaluation"] == of_classifier["2"]
+    assert metrics["evaluation"] == list(sweep.values())[-1]["2"]  # w_samples, with the guidance of the flags
     lines = drawn["guidance.png"]["parts"][0]["lines"]
-    assert {name: (x, y) for name, (x, y, _) in lines.items()} == {
-        name: ([-1, 0, 2, 3, 7], [-1, 0, 2, 3, 7]) for name in kinds}
+    assert lines == {name: ([-1, 0, 2, 3, 7], [-1, 0, 2, 3, 7], "o-") for name in kinds}
     (right,) = drawn["classifier.png"]["parts"]
-    t, fractions, _ = right["lines"]["noisy classifier"]
-    assert list(t) == list(range(1, 21)) and list(fractions) == [float(u <= 10) for u in t]
+    assert right["lines"]["noisy classifier"][:2] == (list(range(1, 9)), [float(t <= 4) for t in range(1, 9)])
     assert right["levels"] == {"by chance": 0.1}
     assert all(call[-1] is classifier for call in sampled)
 
 
-def test_the_rows_of_the_sweep_are_the_lines_of_the_figure(drawings, tmp_path):
-    row = {"n": 8, "accuracy": 0.5, "accuracy_of_held_out": 0.9, "recall": 0.6, "frechet_distance": 9.0,
-           "frechet_distance_of_held_out": 1.0}
-    figures.figure_guidance(tmp_path / "guidance.png", {"one": {"-1": row, "2": row | {"recall": 0.3}}})
-    accuracy, recall, distance = drawings["guidance.png"]["parts"]
-    assert drawings["guidance.png"]["title"] == "8 samples per point"
-    assert accuracy["lines"] == {"one": ([-1.0, 2.0], [0.5, 0.5], "o-")} and accuracy["levels"] == {"held out": 0.9}
-    assert recall["lines"] == {"_one": ([-1.0, 2.0], [0.6, 0.3], "o-")} and recall["levels"] == {}
-    assert distance["lines"] == {"_one": ([-1.0, 2.0], [9.0, 9.0], "o-")} and distance["levels"] == {"_held out": 1.0}
+def test_the_sweep_wants_a_network_with_a_null_class(shown, capsys):
+    with pytest.raises(SystemExit):
+        shown(figures.main, "--guidance", "none", "--evaluate", 10, p_uncond=0.0)
+    said = capsys.readouterr().err
+    assert "--evaluate 10" in said and "null class" in said
 
 
 def test_guidance_is_drawn_of_both_evaluations(drawings, tmp_path):
-    row = {"n": 8, "accuracy": 0.5, "accuracy_of_held_out": 0.9, "recall": 0.6, "frechet_distance": 9.0,
-           "frechet_distance_of_held_out": 1.0}
     for file, name, accuracy in (("evaluation", "one", 0.5), ("evaluation_unconditional", "other", 0.7)):
-        rows = {"-1": row | {"accuracy": accuracy}, "2": row}
+        row = {"n": 8, "accuracy": accuracy, "accuracy_of_held_out": 0.9, "recall": 0.6, "frechet_distance": 9.0,
+               "frechet_distance_of_held_out": 1.0}
+        rows = {"-1": row, "2": row | {"recall": 0.3, "frechet_distance": 4.0}}
         (tmp_path / f"{file}.json").write_text(json.dumps({"guidance_sweep": {name: rows}}))
     guidance.main(tmp_path)
-    lines = drawings["guidance.png"]["parts"][0]["lines"]
-    assert lines == {"one": ([-1.0, 2.0], [0.5, 0.5], "o-"), "other": ([-1.0, 2.0], [0.7, 0.5], "o-")}
+    accuracy, recall, distance = drawings["guidance.png"]["parts"]
+    ws = [-1.0, 2.0]
+    assert drawings["guidance.png"]["title"] == "8 samples per point"
+    assert accuracy["lines"] == {"one": (ws, [0.5, 0.5], "o-"), "other": (ws, [0.7, 0.7], "o-")}
+    assert recall["lines"] == {name: (ws, [0.6, 0.3], "o-") for name in ("_one", "_other")}
+    assert distance["lines"] == {name: (ws, [9.0, 4.0], "o-") for name in ("_one", "_other")}
+    assert [part["levels"] for part in (accuracy, recall, distance)] == [{"held out": 0.9}, {}, {"_held out": 1.0}]
 
 
 @pytest.mark.slow
@@ -288,17 +264,16 @@ def test_compare_trains_both_networks_for_the_same_time_and_draws_as_asked(coded
         yield 0, xT + (1000 if cfg.backbone == "dit" else 0) + 10_000 * y.view(-1, 1, 1, 1)
 
     def scored(x, data, labels):
-        assert (x / 10_000).flatten(1).mean(1).round().tolist() == labels.tolist() == [3, 7]
-        distance, right = next(scores)
-        return {"frechet_distance": distance, "accuracy": right}
+        assert asked_of(x) == labels.tolist() == [3, 7]
+        return dict(zip(("frechet_distance", "accuracy"), next(scores), strict=True))
 
     monkeypatch.setattr(compare, "load_images", lambda *_: coded)
     monkeypatch.setattr(compare, "training_cost", lambda *_, **__: next(costs))
     monkeypatch.setattr(compare.quality, "scores", scored)
     monkeypatch.setattr(cond, "guided_process", guided_process)
-    compare.main(["--preset", "smoke", "--seconds", "0.5", "--preview_every", "1000", "--device", "cpu",
-                  "--out", str(tmp_path), "--sampler", "ancestral", "--variance", "beta", "--guidance",
-                  "none", "--no-clip_x0", "--classes", "3", "7", "--w_samples", "3"])
+    compare.main(["--preset", "smoke", "--seconds", "0.5", "--preview_every", "1000", "--device", "cpu", "--out",
+                  str(tmp_path), "--sampler", "ancestral", "--variance", "beta", "--guidance", "none", "--no-clip_x0",
+                  "--classes", "3", "7", "--w_samples", "3"])
     folder = only_run(tmp_path, "conditional")
     found = json.loads((folder / "metrics.json").read_text())["compare"]
     assert {name: (row["steps"], row["frechet_distance"]) for name, row in found.items()} == {

@@ -1,7 +1,6 @@
 """Few steps and straight ways: what flow_steps.py, rectify.py and the race of flows ask for, score and draw."""
 
 import json
-import sys
 
 import ddim_example as ddim
 import flow_matching_example as flow
@@ -11,11 +10,10 @@ from common.data import Data
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, experiment, mixture_eps, spied
+from conftest import experiment, mixture_eps, spied
 from torch.testing import assert_close
 
-sys.path.append(str(ROOT / "experiments"))  # rectify.py imports its neighbour
-import rectify  # noqa: E402
+import rectify
 
 steps, race = experiment("flow_steps"), experiment("race")
 
@@ -52,8 +50,7 @@ def test_each_row_of_few_steps_is_drawn_by_the_network_of_its_name(copied, monke
         expected = flow.final(flow.flow_process(flow.velocity_fn(network), x0, 0.0, end, "euler", 2))
         assert_close(draws[name](x0, 2), expected)
     spied(monkeypatch, steps.ddim, "ddim_sample", lambda given, _: asked.append((given["S"], given["eta"])))
-    flowing = steps.fm.flow_process
-    monkeypatch.setattr(steps.fm, "flow_process", lambda *args: asked.append(args[1:]) or flowing(*args))
+    spied(monkeypatch, steps.fm, "flow_process", lambda given, _: asked.append([*given.values()][1:6]))
     assert not torch.equal(draws["DDIM"](x0, 2), draws["DDPM as a flow"](x0, 2))
     ddim_asked, (x, start, end, sampler, S) = asked
     assert ddim_asked == (2, 0.0) and (end, sampler, S) == (1.0, "euler", 2) and 0 < start < 0.05
@@ -67,14 +64,13 @@ def test_few_steps_are_scored_and_drawn_beside_their_names(tmp_path, drawings, m
     monkeypatch.setattr(quality, "scores", lambda x, _: {
         "legible": x.mean().round().item(), "frechet_distance": len(x), "recall": -x.mean().round().item(), "n": 0})
     steps.main(["R1", "R2", "--n", "120"], tmp_path)
-    kept = json.loads((tmp_path / "steps.json").read_text())
-    assert kept == {"n": 120, "rows": {
-        name: {str(S): {"legible": add + S, "frechet_distance": 120, "recall": -add - S} for S in steps.CALLS}
+    wanted = {(name, S): add + S for name, add in of.items() for S in (1, 2, 4, 10, 25, 50)}
+    kept, given = json.loads((tmp_path / "steps.json").read_text()), drawings["steps.png"]
+    assert kept == {"n": 120, "rows": {name: {
+        str(S): {"legible": add + S, "frechet_distance": 120, "recall": -add - S} for S in (1, 2, 4, 10, 25, 50)}
         for name, add in of.items()}}
-    given = drawings["steps.png"]
-    assert given["row_labels"] == [f"{name}, {S}" for name in of for S in (1, 2, 4, 10, 25, 50)]
-    noises = [row - add - S for row, (add, S) in zip(
-        given["rows"], [(add, S) for add in of.values() for S in steps.CALLS], strict=True)]
+    assert given["row_labels"] == [f"{name}, {S}" for name, S in wanted]
+    noises = [row - value for row, value in zip(given["rows"], wanted.values(), strict=True)]
     assert all(len(noise) == 10 and (noise - noises[0]).abs().max() < 0.01 for noise in noises)
 
 
@@ -87,18 +83,18 @@ def test_reflow_of_points_is_trained_on_the_pairs_of_the_first_flow(tmp_path, mo
         fits.append((draw(50), steps, couple))
         return speeds[len(fits) - 1]
 
+    moons, gaussians = (Data(name, torch.randn(99, 2), torch.randn(9, 2)) for name in ("moons", "gaussians"))
+    monkeypatch.setattr(rectify, "load_points", {"two_moons": moons, "gaussians": gaussians}.get)
     monkeypatch.setattr(rectify, "fit", fit)
     monkeypatch.setattr(rectify, "figure", lambda file, panels, data: shown.update(panels, data=data))
     rows = rectify.main(["--steps", "7"], tmp_path)
-    moons, gaussians = rectify.load_points("two_moons"), rectify.load_points("gaussians")
     (first, of_ot, again), counts, couples = zip(*fits, strict=True)
     assert counts == (7, 7, 7) and couples == (False, True, False)
-    for x0, x1 in (first, of_ot):
-        for x, of in ((x0, moons.train), (x1, gaussians.train)):
-            assert {*map(tuple, x.tolist())} <= {*map(tuple, of.tolist())}
+    for x, of in zip((*first, *of_ot), (moons, gaussians) * 2, strict=True):
+        assert {*map(tuple, x.tolist())} <= {*map(tuple, of.train.tolist())}
     assert_close(again[1], again[0] + c, rtol=0, atol=1e-4)
     assert rows == json.loads((tmp_path / "rectify.json").read_text())
-    x0, x1 = moons.test[:2000], gaussians.test[:2000]
+    x0, x1 = moons.test, gaussians.test
     assert rows["pairs"] == {"transport_cost": pytest.approx((x0 - x1).square().sum(1).mean().item())}
     expected = {"flow of these pairs": (10 / 3, 10), "flow of OT pairs": (0, 40), "reflow": (0, 90)}
     for (name, (bend, cost)), (title, ways), k in zip(
@@ -121,23 +117,17 @@ def test_a_fit_is_to_the_pairs_or_to_those_of_least_cost(couple, monkeypatch):
 
 def test_flows_race_in_25_euler_steps(tmp_path, drawings, monkeypatch):
     """The network answers 1000, so that each sample is its noise and 1000."""
-    clock, scored, asked = [0.0], [], []
-
-    def train(cfg, run, data):
-        clock[0] += 3 + cfg.steps / 2
-        return lambda x, t, y: torch.full_like(x, 1000.0)
-
-    monkeypatch.setattr(race.time, "process_time", lambda: clock[0])
-    monkeypatch.setattr(race.fm, "train", train)
+    scored, asked, cfg = [], [], flow.Config(path="vp", steps=114)
+    monkeypatch.setattr(race, "trained", lambda *_: (cfg, lambda x, t, y: torch.full_like(x, 1000.0), 60.0))
     monkeypatch.setattr(race, "ROOT", tmp_path)
     spied(monkeypatch, race.fm, "flow_process", lambda given, _: asked.append(
         [given[name] for name in ("t", "t_end", "sampler", "S")]))
     monkeypatch.setattr(race.quality, "scores", lambda x, _: scored.append(x) or {
         "n": len(x), "legible": 0.25, "frechet_distance": 8.0, "classes": [], **dict.fromkeys((
             "precision", "recall", "nearest_train_rms", "legible_of_held_out", "nearest_train_rms_of_held_out"), 0.5)})
-    race.main("--page flow_matching --minutes 1 --n 30 --preset smoke --device cpu --path vp".split())
-    kept = json.loads((tmp_path / "results" / "flow_matching" / "race.json").read_text())
-    assert kept["rows"][0]["steps"] == 114 and list(kept["rows"][0]) == ["cpu_minutes", "steps", "25 steps"]
+    race.main("--page flow_matching --minutes 1 --n 30 --preset smoke --device cpu".split())
+    row, = json.loads((tmp_path / "results" / "flow_matching" / "race.json").read_text())["rows"]
+    assert row["steps"] == 114 and row["25 steps"]["n"] == 30 and list(row) == ["cpu_minutes", "steps", "25 steps"]
     assert asked == [[0.0, 1 - 1e-5, "euler", 25]] and (scored[0] - 1000).abs().max() < 6
     assert {name: line[:2] for name, line in drawings["race.png"]["parts"][0]["lines"].items()} == {
         "flow, 25 Euler steps": ([1.0], [0.25])}

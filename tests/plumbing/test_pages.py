@@ -132,7 +132,9 @@ def test_every_command_of_the_pages_runs(tmp_path, monkeypatch, drawings, finish
 
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", downloaded)
     monkeypatch.setattr(data, "CACHE", tmp_path)
-    monkeypatch.setattr(plotting, "loss_by_t", lambda loss, edges, title: {})  # which is slow: all held-out digits
+    monkeypatch.setattr(plotting, "loss_by_t", lambda loss, edges, title: {})  # slow, and tested elsewhere
+    monkeypatch.setattr(module_of("flow_matching_example.py"), "figure_steps", lambda *_: None)
+    monkeypatch.setattr(module_of("score_based_diffusion_example.py"), "figure_samplers", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     smoke, _ = finished(module_of("ddpm_example.py"), "--dataset", "digits8")
     ran = []

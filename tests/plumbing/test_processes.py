@@ -3,6 +3,7 @@
 Only six tests here, and none elsewhere, start a process: a run, torchrun, Ctrl-C, a closed pipe, a full disk, a kill.
 """
 
+import contextlib
 import csv
 import errno
 import json
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_tree, environment, only_run, open_picture, open_run
+from conftest import ENVIRONMENT, ROOT, assert_same_tree, beside, only_run, open_picture, open_run
 from torch.testing import assert_close
 
 import ddpm_example as ddpm
@@ -23,25 +24,32 @@ from common import cli, plotting
 from common import run as runs
 
 SCRIPT = ROOT / "ddpm_example.py"
+SMOKE = ("--preset", "smoke", "--dataset", "digits8")
 not_on_windows = pytest.mark.skipif(sys.platform == "win32", reason="a shell, limits and signals of Unix")
 LIMIT = 300  # seconds that a process may take, on a machine at work on other things, too
 
 
-def started(*argv, cwd, **environ):
-    """A Python process that Ctrl-C reaches even where it is ignored here, as under nohup."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, argv)], cwd=cwd, env=environment() | environ, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=None if sys.platform == "win32" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+@contextlib.contextmanager
+def process(*argv, cwd, pipe=None, **environ):
+    """A Python process that writes into files of cwd, and that Ctrl-C reaches even where it is ignored (nohup)."""
+    with open(cwd / "stdout", "w") as out, open(cwd / "stderr", "w") as err:
+        begun = subprocess.Popen(
+            [sys.executable, *map(str, argv)], cwd=cwd, env=ENVIRONMENT | environ, stdout=pipe or out,
+            stderr=pipe or err,
+            preexec_fn=None if sys.platform == "win32" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    begun.folder = cwd
+    try:
+        yield begun
+    finally:
+        begun.kill()
+        begun.wait()
 
 
 def ended(process):
-    """Wait for the end of a process, and see to it: (returncode, stdout, stderr)."""
-    try:
-        out, err = process.communicate(timeout=LIMIT)
-    finally:
-        process.kill()
-    return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
+    """Wait for the end of a process: (returncode, stdout, stderr, its folder)."""
+    process.wait(LIMIT)
+    return SimpleNamespace(returncode=process.returncode, folder=process.folder,
+                           stdout=(process.folder / "stdout").read_text(), stderr=(process.folder / "stderr").read_text())
 
 
 def wait_for(found, process):
@@ -54,45 +62,46 @@ def wait_for(found, process):
     raise AssertionError(f"it did not come: {process.poll()}")
 
 
+def folder_after(steps, out):
+    """The run folder under out, once its log has more steps than that."""
+    return next((file.parent for file in (out / "ddpm").glob("*/log.csv") if file.read_text().count("\n") > steps + 1),
+                None)
+
+
 def load(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def folder_after(steps, out):
-    """The run folder under out, once its checkpoint is of at least so many steps."""
-    return next((file.parent for file in (out / "ddpm").glob("*/checkpoint.pt")
-                 if load(file.parent)["step"] >= steps), None)
 
 
 @pytest.fixture(scope="module")
 def source(finished):
     """The folder of a run that was made before a test replaces anything."""
-    return finished(ddpm)[0]
+    return finished(ddpm, *SMOKE[2:])[0]
 
 
-# The six processes
+# The six processes: what happens to each, in the thread of conftest's `beside`, and the test of its end
+
+
+def as_typed(folder):
+    """In another folder, where neither torchvision nor scikit-learn can be imported."""
+    for name in ("torchvision", "sklearn"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('operator does not exist')")
+    with process(SCRIPT, "--preset", "smoke", cwd=folder, PYTHONPATH=str(folder)) as begun:
+        return ended(begun)
 
 
 @pytest.mark.slow
-def test_a_run_as_it_is_typed_writes_every_file_without_torchvision(tmp_path, source):
-    """From another folder. It ends as the same run did inside the tests, to the last bit."""
-    (tmp_path / "broken").mkdir()
-    for name in ("torchvision", "sklearn"):
-        (tmp_path / "broken" / f"{name}.py").write_text("raise RuntimeError('operator does not exist')")
-    done = ended(started(SCRIPT, "--preset", "smoke", cwd=tmp_path, PYTHONPATH=str(tmp_path / "broken")))
+@beside(as_typed)
+def test_a_run_as_it_is_typed_writes_every_file_without_torchvision(done):
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    folder = only_run(tmp_path / "outputs", "ddpm")
-    name = folder.relative_to(tmp_path)
+    folder = only_run(done.folder / "outputs", "ddpm")
+    name = folder.relative_to(done.folder)
     assert done.stdout.splitlines()[-1].endswith(f"in {name}; more: python experiments/ddpm.py --sample {name}")
-    assert {path.name for path in folder.iterdir()} == {path.name for path in source.iterdir()} == {
+    assert {path.name for path in folder.iterdir()} == {
         "config.json", "log.csv", "metrics.json", "checkpoint.pt", "samples.png", "loss.png", "preview.png",
         "denoising.gif"}
     for picture in folder.glob("*.png"):
         assert len(open_picture(picture)) == 1
     assert len(open_picture(folder / "denoising.gif")) > 5
-    assert_same_tree(load(folder), load(source) | {"run": load(folder)["run"]})
-    for name in ("log.csv", "samples.png"):
-        assert (folder / name).read_bytes() == (source / name).read_bytes(), name
     config, found = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
     assert (config["script"], config["preset"], config["seed"], config["config"]["T"]) == ("ddpm", "smoke", 0, 20)
     assert found["sampling"]["n"] == 4 and found["sampling"]["network_calls"] == 20
@@ -100,72 +109,89 @@ def test_a_run_as_it_is_typed_writes_every_file_without_torchvision(tmp_path, so
     assert found["total_seconds"] > found["train_seconds"]
 
 
+def ctrl_c(folder):
+    with process(SCRIPT, *SMOKE, "--steps", "100000", "--preview_every", "2", "--T", "9999", "--n_samples", "1",
+                 "--out", folder, cwd=folder) as begun:
+        run = wait_for(lambda: folder_after(2, folder), begun)
+        begun.send_signal(signal.SIGINT)
+        wait_for((run / "metrics.json").exists, begun)  # written between training and sampling
+        begun.send_signal(signal.SIGINT)
+        return ended(begun)
+
+
 @pytest.mark.slow
 @not_on_windows
-def test_ctrl_c_saves_and_samples_and_a_second_one_leaves(tmp_path):
-    process = started(SCRIPT, "--preset", "smoke", "--steps", "100000", "--preview_every", "2", "--T", "9999",
-                      "--n_samples", "1", "--out", tmp_path, cwd=tmp_path)
-    try:
-        folder = wait_for(lambda: folder_after(2, tmp_path), process)
-        process.send_signal(signal.SIGINT)
-        wait_for((folder / "metrics.json").exists, process)  # written between training and sampling
-        process.send_signal(signal.SIGINT)
-    finally:
-        done = ended(process)
+@beside(ctrl_c)
+def test_ctrl_c_saves_and_samples_and_a_second_one_leaves(done):
     assert done.returncode == cli.STOPPED and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert "stopping: " in done.stdout and "finished files stay" in done.stderr
+    folder = only_run(done.folder, "ddpm")
     with open(folder / "log.csv") as file:
         assert load(folder)["step"] == int(list(csv.DictReader(file))[-1]["step"]) < 100_000
 
 
+LONGER = (*SMOKE, "--steps", "30", "--preview_every", "5", "--dropout", "0.2")
+
+
+def kill_9(folder):
+    with process(SCRIPT, *LONGER, "--out", folder, cwd=folder) as begun:
+        wait_for(lambda: folder_after(5, folder), begun)
+        begun.kill()
+        return ended(begun)
+
+
 @pytest.mark.slow
 @not_on_windows
-def test_kill_9_and_resume_end_as_a_run_that_never_stopped(tmp_path, drawings):
-    argv = ("--preset", "smoke", "--steps", "30", "--preview_every", "10", "--dropout", "0.2")
-    process = started(SCRIPT, *argv, "--out", tmp_path / "killed", cwd=tmp_path)
-    try:
-        folder = wait_for(lambda: folder_after(10, tmp_path / "killed"), process)
-        process.kill()
-    finally:
-        ended(process)
-    assert load(folder)["step"] < 30
-    for how in (("--out", tmp_path / "whole", *argv[2:]), ("--out", tmp_path / "killed", "--resume")):
+@beside(kill_9)
+def test_kill_9_and_resume_end_as_a_run_that_never_stopped(done, tmp_path):
+    folder = only_run(done.folder, "ddpm")
+    assert 5 <= load(folder)["step"] < 30
+    for how in (("--out", tmp_path, *LONGER[2:]), ("--out", done.folder, "--resume")):
         cfg, run, made = open_run(ddpm, tmp_path, *how)
         ddpm.train(cfg, run, made)
-    whole = only_run(tmp_path / "whole", "ddpm")
+    whole = only_run(tmp_path, "ddpm")
     assert_same_tree(load(folder), load(whole) | {"run": load(folder)["run"]})
     assert (folder / "log.csv").read_bytes() == (whole / "log.csv").read_bytes()
 
 
-@pytest.mark.slow
-@not_on_windows
-def test_a_full_disk_ends_in_one_line_and_the_old_checkpoint_stays(tmp_path):
+def full_disk(folder):
     """A limit on the size of a file stands in: the first checkpoint fits, one with Adam's moments not."""
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))\n"
             f"sys.path.insert(0, {str(ROOT)!r}); import ddpm_example\n"
-            f"ddpm_example.main(['--preset', 'smoke', '--out', {str(tmp_path)!r}])")
-    done = ended(started("-c", code, cwd=tmp_path))
+            f"ddpm_example.main({[*SMOKE, '--out', str(folder)]!r})")
+    with process("-c", code, cwd=folder) as begun:
+        return ended(begun)
+
+
+@pytest.mark.slow
+@not_on_windows
+@beside(full_disk)
+def test_a_full_disk_ends_in_one_line_and_the_old_checkpoint_stays(done):
+    folder = only_run(done.folder, "ddpm")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    folder = only_run(tmp_path, "ddpm")
     assert f"error: {folder / 'checkpoint.pt'}: cannot be written ({os.strerror(errno.EFBIG)})" in done.stderr
     assert load(folder)["step"] == 0 and not list(folder.glob("*.tmp"))
 
 
+def closed_pipe(folder):
+    """As `| head -1`, in a terminal of letters that not every line fits."""
+    read, write = os.pipe()
+    with process(SCRIPT, *SMOKE, "--T", "5", "--out", folder, cwd=folder, pipe=write, PYTHONIOENCODING="ascii") as begun:
+        os.close(write)
+        said = os.read(read, 1)
+        os.close(read)
+        done = ended(begun)
+    assert said
+    return done
+
+
 @pytest.mark.slow
 @not_on_windows
-def test_a_run_outlives_whoever_reads_it(tmp_path):
-    """As `| head -1`, in a terminal of letters that not every line fits: the end of a Python that stays open."""
-    read, write = os.pipe()
-    process = subprocess.Popen([sys.executable, SCRIPT, "--preset", "smoke", "--out", tmp_path], stdout=write,
-                               stderr=write, cwd=tmp_path, env=environment() | {"PYTHONIOENCODING": "ascii"})
-    os.close(write)
-    try:
-        said = os.read(read, 1)
-    finally:
-        os.close(read)
-        ended(process)
-    folder = only_run(tmp_path, "ddpm")
-    assert said and process.returncode == 0 and "total_seconds" in (folder / "metrics.json").read_text()
+@beside(closed_pipe)
+def test_a_run_outlives_whoever_reads_it(done):
+    """To the end of a Python whose output stays closed."""
+    folder = only_run(done.folder, "ddpm")
+    assert done.returncode == 0 and "total_seconds" in (folder / "metrics.json").read_text()
     open_picture(folder / "loss.png")
 
 
@@ -223,16 +249,21 @@ if run.launch.rank == 1:
 """
 
 
+def two_processes(folder):
+    (folder / "ranks.py").write_text(RANKS.format(path=[str(ROOT), str(ROOT / "tests" / "plumbing")]))
+    with process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ranks.py", "--device", "cpu",
+                 cwd=folder) as begun:
+        return ended(begun)
+
+
 @pytest.mark.slow
-def test_two_processes_share_the_batch_and_average_the_gradients(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(path=[str(ROOT), str(ROOT / "tests" / "plumbing")]))
-    done = ended(started("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
-                         "--device", "cpu", cwd=tmp_path))
+@beside(two_processes)
+def test_two_processes_share_the_batch_and_average_the_gradients(done):
+    here = done.folder
     assert done.returncode == 1 and "an error of the second process" in done.stderr
     assert done.stdout.count("in the group: False") == 2  # left before Python ends
     (one, left, a), (other, right, b) = (
-        torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1))
+        torch.load(here / f"rank{rank}.pt", weights_only=False) for rank in (0, 1))
     assert torch.equal(a, b) and not torch.equal(left[0], right[0])  # a loop that saves nothing, too
     assert len(one) == len(other) == 5
     for a, b in zip(one, other, strict=True):
@@ -245,9 +276,9 @@ def test_two_processes_share_the_batch_and_average_the_gradients(tmp_path):
             assert_close(mean, (left + right) / 2)
         assert_close(a["logged"], (a["loss"] + b["loss"]) / 2)  # the log has the whole batch's
     assert not torch.equal(one[0]["x"], one[1]["x"])  # a new batch each step
-    folder = only_run(tmp_path / "outputs", "toy")  # one writer: one folder
+    folder = only_run(here / "outputs", "toy")  # one writer: one folder
     assert load(folder)["loop"] == "late" and "went on: " in done.stdout
-    state = torch.load(tmp_path / "after_5.pt")
+    state = torch.load(here / "after_5.pt")
     assert state["step"] == 5 and len(state["random"]) == 2  # the state of both generators
     assert not torch.equal(state["random"][0]["cpu"], state["random"][1]["cpu"])
     with open(folder / "log.csv") as file:
