@@ -10,14 +10,15 @@ Time runs as in both papers: noise x_0 at t = 0, data x_1 at t = 1. The page fol
 [FM]: conditional paths (Eq. 10, 11, 18, 20), the conditional objective (Eq. 9, 14, 23),
 sampling by an ODE and its likelihood (App. C); then couplings: minibatch optimal
 transport (Tong et al., arXiv 2302.00482: [OT]) and reflow ([RF] Alg. 1). [CFG]: arXiv
-2207.12598; [DDPM]: arXiv 2006.11239.
+2207.12598; [DDPM]: arXiv 2006.11239; [ADM]: arXiv 2105.05233.
 
 Departures from the papers:
   1. the network is the small U-Net of conditional_diffusion_example.py, the learning
-     rate decays by a cosine, the weights are averaged, and sigma_min is 0; an MLP for
-     points;
-  2. training draws t around 0.3 more often (`drawing`), after arXiv 2403.03206;
-  3. reflow starts from the weights of the flow that drew its pairs.
+     rate decays by a cosine, the weights are averaged; an MLP for points;
+  2. training draws t from a logit-normal distribution (`drawing`), after arXiv
+     2403.03206, and spreads the t of a batch evenly;
+  3. sampling multiplies the estimated noise by 1.5 (`noise_scale`);
+  4. reflow draws 4,000 pairs, in 25 Euler steps ([RF]: millions, by RK45).
 """
 
 import copy
@@ -33,8 +34,7 @@ from tqdm import tqdm
 
 from common import plotting, quality
 from common.cli import (Count, Fraction, Mistake, NonNegative, OpenFraction, Positive,
-                        Probability, Range, Whole, check_sizes, command_line,
-                        config_from)
+                        Range, Whole, check_sizes, command_line, config_from)
 from common.data import POINTS, is_8bit, load_data
 from common.device import seeded
 from common.run import load_checkpoint, open_run, reading
@@ -42,6 +42,7 @@ from common.run import load_checkpoint, open_run, reading
 Drawing = Literal["uniform", "logit_normal"]
 Sampler = Literal["euler", "midpoint", "heun", "rk45"]
 Weight = Annotated[float, Range(">= -1", lambda w: w >= -1)]
+Dropping = Annotated[float, Range("in (0, 1]", lambda p: 0 < p <= 1)]
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,23 @@ class Config:
     """Each field is a flag. Its type gives the range, its comment is the help text."""
 
     # path
-    path: Literal["straight", "vp"] = "straight"  # conditional path (paper: both)
-    sigma_min: Fraction = 0.0    # std of the straight path at t = 1 (paper: small)
+    path: Literal["straight", "vp"] = "straight"  # conditional path (paper: also ve)
+    sigma_min: Fraction = 0.0    # std of the straight path at t = 1 ([RF] Eq. 1: 0)
     beta_min: Positive = 0.1     # vp: beta(s) at s = 0 (paper: 0.1)
     beta_max: Positive = 20.0    # vp: beta(s) at s = 1 (paper: 20)
     coupling: Literal["independent", "ot"] = "independent"  # ([OT]: both)
-    reflow: str = ""             # run whose noises and samples are the pairs ([RF])
-    pairs: Count = 4000          # number of pairs that reflow draws
-    p_uncond: Probability = 1.0  # probability of a null label; 1: no labels at all
+    reflow: str = ""             # run to learn noises and their samples from ([RF])
+    pairs: Count = 4000          # number of pairs that reflow draws ([RF]: 4 million)
+    p_uncond: Dropping = 1.0     # chance to drop a label; 1: no labels ([CFG]: 0.1)
     # sampling
     sampler: Sampler = "euler"   # ODE solver (paper: dopri5, midpoint, euler)
     S: Count = 25                # steps; midpoint and heun take two calls each
     tolerance: OpenFraction = 1e-4  # rtol and atol of rk45 (paper: 1e-5)
+    noise_scale: Positive = 1.5  # factor of the estimated noise in sampling (paper: 1)
     classes: tuple[str, ...] = ()   # classes to draw, with p_uncond < 1; all if empty
     w: Weight = 1.0              # guidance weight, with p_uncond < 1 ([CFG]: 0 to 4)
     likelihood: Whole = 16       # number of held-out examples for the likelihood
-    n_samples: Count = 64        # number of images drawn; of points, 100 n
+    n_samples: Count = 64        # images drawn, or hundreds of points
     # data
     dataset: str = "digits"      # digits, mnist, folder:PATH, two_moons, ...
     image_size: Whole = 0        # resize images to this resolution; 0 keeps theirs
@@ -83,7 +85,7 @@ class Config:
     layers: Count = 4            # blocks of the MLP for points
     # training
     drawing: Drawing = "logit_normal"  # distribution of t in training (paper: uniform)
-    steps: Count = 4000          # optimiser steps (paper: 391000)
+    steps: Count = 4800          # optimiser steps (paper: 391000)
     batch_size: Count = 32       # examples per step, over all processes (paper: 256)
     lr: Positive = 2e-3          # peak learning rate (paper: 5e-4)
     warmup: Whole = 200          # steps of learning-rate warm-up (paper: 45000)
@@ -95,38 +97,43 @@ class Config:
 
 
 # The fields that may change after training
-SAMPLING = ("sampler", "S", "tolerance", "classes", "w", "likelihood", "n_samples")
+SAMPLING = ("sampler", "S", "tolerance", "noise_scale", "classes", "w", "likelihood",
+            "n_samples")
 
 PLANE = Config(
     dataset="two_moons", dequantize=False, drawing="uniform", steps=10_000,
-    batch_size=512, lr=3e-3, preview_every=5000, sampler="rk45", likelihood=1000)
+    batch_size=512, lr=3e-3, preview_every=5000, sampler="rk45", noise_scale=1.0,
+    likelihood=1000)
 PRESETS = {
     "laptop": Config(),
     "smoke": Config(
         channels=8, groups=4, hidden=16, layers=2, steps=6, batch_size=8, warmup=2,
         preview_every=3, S=5, tolerance=0.1, likelihood=2, n_samples=4, pairs=16),
-    "paper": Config(  # CIFAR-10, [FM] Table 3
+    "paper": Config(  # CIFAR-10, with the sizes and rates of [FM] Table 3
         dataset="cifar10", flip=True, channels=256, mults=(1, 2, 2, 2), blocks=2,
         attention=(16,), heads=4, groups=32, patch=1, drawing="uniform",
         steps=391_000, batch_size=256, lr=5e-4, warmup=45_000, preview_every=5000,
-        grad_clip=1e9, sampler="rk45", tolerance=1e-5),
+        grad_clip=1e9, sampler="rk45", tolerance=1e-5, noise_scale=1.0),
     **{name: replace(PLANE, dataset=name) for name in POINTS},
 }
 
 
 # %% 1. Probability paths ([FM] Sec. 4)
 #
-# Each example x_1 has a path of its own, p_t(x | x_1) = N(a(t) x_1, s(t)^2 I), from
-# noise at t = 0 to the example at t = 1. It is made by the conditional flow
-# psi_t(x_0) = a(t) x_1 + s(t) x_0 of noise x_0 ~ N(0, I):
+# A flow dx/dt = v(x, t) carries noise at t = 0 to data at t = 1 (Eq. 1). Each example
+# x_1 has a path of its own, p_t(x | x_1) = N(a(t) x_1, s(t)^2 I). It is made by the
+# conditional flow psi_t(x_0) = a(t) x_1 + s(t) x_0 of noise x_0 ~ N(0, I):
 #
 #                       a(t)          s(t)
 #   straight (Eq. 20)   t             1 - (1 - sigma_min) t
 #   VP (Eq. 18)         e^(-B/2)      sqrt(1 - e^-B)          where B = B(1 - t)
 #
+# The v that one wants makes the mixture of these paths (Eq. 6). At x it is the mean of
+# the conditional velocities, weighted by how likely each x_1 is there (Eq. 8, Theorem
+# 1). So the flow of all examples bends even where each conditional flow is a line.
+#
 # B(s) is the integral of beta(u) = beta_min + u (beta_max - beta_min) from 0 to s, as
-# on the score-based page, whose time s = 1 - t runs the other way. The flow of all
-# examples together is curved, even where each conditional flow is a straight line.
+# on the score-based page, whose time s = 1 - t runs the other way.
 
 
 def per_example(value, x):
@@ -149,14 +156,14 @@ class Path:
         return s * x0 + a * x1
 
     def velocity(self, x0, x1, t):
-        """The conditional velocity at x_t: (B, ...). It is defined at t = 1, too."""
+        """The conditional velocity at x_t: (B, ...). t = 1 is allowed if straight."""
         _, _, da, ds = (per_example(c, x1) for c in self.coefficients(t))
         # [FM] Eq. 13: u_t(psi_t(x_0) | x_1) = d psi_t(x_0)/dt = s' x_0 + a' x_1, which
         # is Eq. 15, s'/s (x_t - a x_1) + a' x_1, without its division by s
         return ds * x0 + da * x1
 
     def predict_x1(self, xt, v, t):
-        """The mean of x_1, given x_t and the velocity v(x_t, t), like xt."""
+        """E[x_1 | x_t], like xt, if v is the velocity that one wants at x_t."""
         a, s, da, ds = (per_example(c, xt) for c in self.coefficients(t))
         # Solve a x_1 + s x_0 = x_t and a' x_1 + s' x_0 = v for x_1
         return (s * v - ds * xt) / (s * da - ds * a)
@@ -202,15 +209,15 @@ def make_path(cfg):
     return VPPath(cfg.beta_min, cfg.beta_max)
 
 
-# %% 2. Training objective ([FM] Sec. 3, 4.1)
+# %% 2. Training objective ([FM] Sec. 3.2, 4)
 
 
 def cfm_loss(v, path, x0, x1, t):
     """Conditional flow matching. x0: noise, x1: data, (B, ...); t: (B,) -> scalar.
 
-    The loss that one wants (Eq. 5) needs the velocity of all examples together, which
-    nobody knows. This one has the same gradient (Theorem 2). Its minimum is not 0: many
-    pairs cross at a point x_t, and v(x_t, t) is the mean of their velocities (Eq. 8).
+    The loss that one wants (Eq. 5) needs an integral over all data (Eq. 8). This one
+    has the same gradient (Theorem 2). Its minimum is above 0: pairs cross at x_t, and
+    the best v(x_t, t) is the mean of their velocities.
     """
     # [FM] Eq. 9, 14: E |v(psi_t(x_0), t) - d psi_t(x_0) / dt|^2; Eq. 23 if straight
     xt = path.interpolate(x0, x1, t)
@@ -220,9 +227,10 @@ def cfm_loss(v, path, x0, x1, t):
 def draw_time(n, path, drawing):
     """Draw the times of a batch: (n,) in [0, t_end], on the CPU.
 
-    "uniform" is [FM] Eq. 9. "logit_normal" draws more often the t that decide what a
-    picture shows: logit(t) is N(-1, 1), after arXiv 2403.03206, Sec. 3.1, and one t in
-    sixteen is uniform. Each of n equal quantiles gives one t, so batches differ less.
+    "uniform" is [FM] Eq. 9. "logit_normal" prefers the early t that decide, on the
+    straight path, what a picture shows: logit(t) is N(-1, 1), after arXiv 2403.03206,
+    Sec. 3.1, whose time is 1 - t, and one t in sixteen is uniform. Each of n equal
+    quantiles gives one t, so that batches differ less.
     """
     t = (torch.arange(n) + torch.rand(n)) / n
     if drawing == "logit_normal":
@@ -238,14 +246,16 @@ def drop_labels(y, p_uncond, null):
     return torch.where(dropped, null, y)
 
 
-# Couplings: which noise goes with which example
+# Couplings: which noise goes with which example. Theorem 2 holds for any joint
+# distribution of x_0 and x_1 ([OT]), so for the pairs of reflow, too.
 
 
 def ot_coupling(x0, x1):
     """Indices i, (B,), so that the pairs x0, x1[i] have the least transport cost.
 
-    x0, x1: (B, ...). What belongs to x1, such as its labels, must follow: y[i].
-    Source: [OT], with the batch in place of the data.
+    x0, x1: (B, ...). Reorder the labels, too: y[i]. The plan of a batch stands in for
+    that of all data ([OT]). It ignores the labels: in training the noise of one class
+    is no longer N(0, I), as it is in sampling (arXiv 2503.10636).
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -269,25 +279,25 @@ def velocity_fn(model, y=None, w=0.0):
     y: (B,) labels, or None for the null class; w: guidance weight.
     """
     def v(x, t):
-        t = 1000 * t  # the embedding of t was made for [DDPM]'s steps
+        t = 1000 * t  # the embedding expects [DDPM]'s steps, 0 to 1000
         if y is None or w == 0:
             return model(x, t, y)
         null = torch.full_like(y, model.classes)
         both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
         v_c, v_u = both.chunk(2)
-        # [CFG] Eq. 6 with v for eps, which at each (x_t, t) depends on it linearly
+        # [CFG] Eq. 6 for v: eps is affine in v, and the weights 1 + w and -w sum to 1
         return (1 + w) * v_c - w * v_u
 
     return v
 
 
 def euler_step(v, x, t, h):
-    """One network call, of order 1: follow the velocity of the beginning."""
+    """One network call, of order 1: follow the velocity at the beginning."""
     return x + h * v(x, batch_time(t, x))
 
 
 def midpoint_step(v, x, t, h):
-    """Two network calls, of order 2: follow the velocity of the middle."""
+    """Two network calls, of order 2: follow the velocity in the middle."""
     middle = x + h / 2 * v(x, batch_time(t, x))
     return x + h * v(middle, batch_time(t + h / 2, x))
 
@@ -341,8 +351,8 @@ def solve(velocity, state, t, s, tolerance):
 def flow_process(v, x, t=0.0, t_end=1.0, sampler="euler", S=25, tolerance=1e-5):
     """Carry x, (B, ...), along the flow from t to t_end: yields (t, x_t), ...
 
-    From 0 to 1 the flow draws samples from noise, from 1 to 0 it finds their noises.
-    "rk45" adapts its steps to the tolerance, the others take S equal steps.
+    From 0 to 1 noise becomes samples, from 1 to 0 data becomes its noise. "rk45" is
+    dopri5, which adapts its steps to the tolerance; the others take S equal steps.
     """
     # [FM] Eq. 1: d x_t / dt = v(x_t, t)
     if sampler == "rk45":
@@ -365,9 +375,27 @@ def final(states):
     return x
 
 
+def scaled_noise(v, path, scale):
+    """v(x, t) with its estimate of the noise multiplied by `scale` (departure 3)."""
+    def velocity(x, t):
+        u = v(x, t)  # = a' x1_hat + s' x0_hat, of which x0_hat is the noise
+        da = per_example(path.coefficients(t)[2], x)
+        return scale * u - (scale - 1) * da * path.predict_x1(x, u, t)
+
+    return velocity
+
+
+def flow_from_noise(cfg, model, path, x0, y=None):
+    """The flow_process that cfg asks for, from the noise x0, for labels y."""
+    v = velocity_fn(model, y, cfg.w)
+    if not cfg.reflow:  # a reflowed run has learnt from samples of scaled noise
+        v = scaled_noise(v, path, cfg.noise_scale)
+    return flow_process(v, x0, 0.0, path.t_end, cfg.sampler, cfg.S, cfg.tolerance)
+
+
 @torch.no_grad()
 def reflow_pairs(cfg, run, data):
-    """The pairs of [RF] Alg. 1: noises, and the samples that a trained flow makes them.
+    """The pairs of [RF] Alg. 1: noises, and where a trained flow carries them.
 
     Returns (pairs, labels, the trained network): pairs (n, 2, ...), noise first.
     """
@@ -380,18 +408,16 @@ def reflow_pairs(cfg, run, data):
                           f"that of --{where}")
         model = run.place(make_network(cfg, data)).eval()
         model.load_state_dict(state["ema"])
-    end, parts = make_path(teacher).t_end, []
+    path, size, parts = make_path(teacher), 100 if len(data.shape) == 3 else 10_000, []
     with seeded(run.opts.seed, run.device):  # a resumed run draws the same pairs
         x0 = torch.randn(cfg.pairs, *data.shape, device=run.device)
         y = torch.randint(len(data.classes) or 1, (cfg.pairs,), device=run.device)
-        labels = None if cfg.p_uncond == 1 else y
-        size = 100 if x0.ndim == 4 else 10_000
-        for part in tqdm(range(0, cfg.pairs, size), "pairs", disable=not run.main):
-            part = slice(part, part + size)
-            v = velocity_fn(model, None if labels is None else labels[part])
-            parts.append(final(flow_process(v, x0[part], 0.0, end, teacher.sampler,
-                                            teacher.S, teacher.tolerance)))
-    return torch.stack([x0, torch.cat(parts)], dim=1), labels, model
+        for i in tqdm(range(0, cfg.pairs, size), "pairs", disable=not run.main):
+            labels = None if cfg.p_uncond == 1 else y[i:i + size]
+            states = flow_from_noise(teacher, model, path, x0[i:i + size], labels)
+            parts.append(final(states))
+    pairs = torch.stack([x0, torch.cat(parts)], dim=1)
+    return pairs, None if cfg.p_uncond == 1 else y, model
 
 
 # %% 4. Networks
@@ -648,16 +674,16 @@ def train(cfg, run, data):
     # run.steps: progress bar, checkpoints, resume, Ctrl-C (common/run.py)
     for step in run.steps(cfg.steps, model=model, ema=ema.model, optimizer=optimizer):
         set_learning_rate(optimizer, cfg, step)
-        if cfg.reflow:  # [RF] Alg. 1: the coupling that a flow has made
+        if cfg.reflow:  # [RF] Alg. 1: x_1 is where the first flow took x_0
             pair, y = run.batch(pairs, pair_labels, flip=False)
             x0, x1 = pair.unbind(1)
         else:
             x1, y = run.batch(data.train, data.train_labels)
             x1 = dequantize(x1) if cfg.dequantize and images else x1
             x0 = torch.randn_like(x1)
-        if cfg.coupling == "ot":
-            i = ot_coupling(x0, x1)
-            x1, y = x1[i], None if y is None else y[i]
+            if cfg.coupling == "ot":
+                i = ot_coupling(x0, x1)
+                x1, y = x1[i], None if y is None else y[i]
         if y is not None:
             y = drop_labels(y, cfg.p_uncond, null=len(data.classes))
         t = draw_time(len(x1), path, cfg.drawing).to(run.device)
@@ -676,12 +702,6 @@ def train(cfg, run, data):
 
 
 # %% 6. Likelihood ([FM] App. C)
-
-
-def prior_logp(z):
-    """log N(z; 0, I) of z: (B, ...) -> (B,) in nats."""
-    z = z.flatten(1)
-    return -0.5 * (z.shape[1] * math.log(2 * math.pi) + (z**2).sum(1))
 
 
 def log_likelihood(v, x, trace="exact", t_end=1.0, tolerance=1e-5):
@@ -709,9 +729,9 @@ def log_likelihood(v, x, trace="exact", t_end=1.0, tolerance=1e-5):
 
     start = x, x.new_zeros(len(x))
     x0, change = final(solve(velocity, start, t_end, 0.0, tolerance))
-    # [FM] App. C: log p_1(x_1) = log p_0(x_0) - integral over t of div v(x_t, t); on
-    # the way from 1 to 0 the integral has the other sign
-    return prior_logp(x0) + change
+    # [FM] App. C: log p_1(x_1) = log p_0(x_0) - integral from 0 to 1 of div v(x_t, t);
+    # `change` is the integral from 1 to 0, hence the plus
+    return torch.distributions.Normal(0.0, 1.0).log_prob(x0).flatten(1).sum(1) + change
 
 
 def dequantize(x):
@@ -775,7 +795,8 @@ def figure_steps(run, v, x0, t_end):
     """steps.png: each column one noise, carried to data in 1 to 50 Euler steps."""
     numbers = (1, 2, 4, 10, 25, 50)
     rows = [final(flow_process(v, x0, 0.0, t_end, "euler", S)) for S in numbers]
-    plotting.table(run.path("steps.png"), rows, "The same noises in S Euler steps",
+    plotting.table(run.path("steps.png"), rows,
+                   "The same noises in S Euler steps, noise_scale 1",
                    [f"S = {S}" for S in numbers])
 
 
@@ -792,7 +813,7 @@ def figure_velocity(run, v, path, data):
 
 
 def measure_likelihood(run, cfg, v, path, data):
-    """Bits/dim of held-out 8-bit images, nats of held-out points.
+    """Bits/dim of held-out 8-bit images, nats of held-out points, of the flow itself.
 
     With --evaluate it takes all held-out images.
     """
@@ -831,9 +852,9 @@ def check_settings(run, cfg, data):
         if c not in data.classes:
             raise Mistake(f"classes {c}: must be one of "
                           f"{', '.join(data.classes[:20])}")
-    if cfg.p_uncond == 0 and cfg.w != 0:
-        raise Mistake(f"w {cfg.w:g}: must be 0 where --p_uncond is 0, since guidance "
-                      "asks the network for the null class")
+    if cfg.reflow and cfg.coupling == "ot":
+        raise Mistake("coupling ot: must be independent with --reflow, which has pairs "
+                      "of its own")
     if run.opts.given.get("likelihood") and images and not is_8bit(data.test):
         raise Mistake(f"likelihood {cfg.likelihood}: --dataset {cfg.dataset} must be "
                       "points, or images of 8 bits at this resolution")
@@ -861,32 +882,30 @@ def main(argv=None):
         i = torch.arange(max(n, 10, run.opts.evaluate or 0)) % len(classes)
         y = torch.tensor(classes)[i].to(run.device)
 
-    def velocity(batch):
-        labels = None if y is None else y[batch.start:batch.stop]
-        return velocity_fn(model, labels, cfg.w)
+    def labels_of(batch):
+        return None if y is None else y[batch.start:batch.stop]
 
     def states(batch):
         x0 = torch.randn(len(batch), *data.shape, device=run.device)
-        return flow_process(velocity(batch), x0, 0.0, path.t_end, cfg.sampler, cfg.S,
-                            cfg.tolerance)
+        return flow_from_noise(cfg, model, path, x0, labels_of(batch))
 
     samples, timing = run.draw(n, states, model, cfg.S, batch_size)
     run.add_metrics(sampling=timing | {"sampler": cfg.sampler})
     plotting.samples(run.path("samples.png"), samples, data, "Drawn from noise")
     figure_loss(run, model, path, data)
     if images:
-        labels = None if y is None else y[:n]
-        run.add_metrics(samples=quality.glance(samples, data, labels))
+        run.add_metrics(samples=quality.glance(samples, data, labels_of(range(n))))
         plotting.denoising(run.path("denoising.gif"), states(range(9)))
         x0 = torch.randn(10, *data.shape, device=run.device)
-        figure_steps(run, velocity(range(10)), x0, path.t_end)
+        v = velocity_fn(model, labels_of(range(10)), cfg.w)
+        figure_steps(run, v, x0, path.t_end)
     else:
         frames = plotting.evenly(list(states(range(2000))), 33)
         plotting.film(run.path("denoising.gif"), [x for _, x in frames],
                       [f"t = {t:.2f}" for t, _ in frames])
         figure_velocity(run, velocity_fn(model), path, data)
     measure_likelihood(run, cfg, velocity_fn(model), path, data)
-    labels = None if y is None else y[:run.opts.evaluate]
+    labels = labels_of(range(run.opts.evaluate or 0))
     run.evaluate(states, model, cfg.S, data, labels)
     run.finish("experiments/flow_matching.py")
 

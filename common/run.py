@@ -716,10 +716,11 @@ class Run:
         """n samples, in batches: (samples, {"n", "seconds", "network_calls"}).
 
         states(batch), batch a range in 0..n-1, is a sampler: a generator that yields
-        (t, x_t) about `steps` times, the samples last. network: the one that it calls.
+        (t, x_t) before each of about `steps` steps, then the samples. network: the one
+        that it calls.
         """
         batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
-        bar = tqdm(total=steps * len(batches), desc=f"sample {n}", unit="step",
+        bar = tqdm(total=(steps + 1) * len(batches), desc=f"sample {n}", unit="step",
                    leave=False, disable=not self.main)
         self._finish_loop()
         parts, begin = [], time.perf_counter()

@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,9 +61,9 @@ def trained(name, minutes, data, flags):
 def draws(name, cfg, model, device):
     """{sampler: draw(x_T) -> samples} of a trained network of this page."""
     if name == "flow_matching":
-        v, end = fm.velocity_fn(model), fm.make_path(cfg).t_end
+        cfg, path = replace(cfg, sampler="euler", S=25), fm.make_path(cfg)
         return {"25 steps": lambda x: fm.final(
-            fm.flow_process(v, x, 0.0, end, "euler", 25))}
+            fm.flow_from_noise(cfg, model, path, x))}
     schedule = ddpm.make_schedule(cfg.schedule, cfg.T, cfg.beta_1, cfg.beta_T)
     schedule = schedule.to(device)
 

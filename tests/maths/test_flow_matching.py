@@ -163,6 +163,19 @@ def test_rectifying_a_gaussian_lowers_the_cost():
 # Sampling
 
 
+@every_path
+def test_the_noise_that_is_found_counts_as_often_as_it_says(path):
+    """v = a' x1_hat + s' x0_hat becomes a' x1_hat + scale s' x0_hat."""
+    x0, x1, t = normal(9, 2), normal(9, 2, seed=1), torch.linspace(0.0, 0.99, 9, dtype=torch.float64)
+    xt, (_, _, da, ds) = path.interpolate(x0, x1, t), shaped(path, t, x1)
+
+    def v(x, t):
+        return path.velocity(x0, x1, t)
+
+    assert_close(flow.scaled_noise(v, path, 1.0)(xt, t), v(xt, t))
+    assert_close(flow.scaled_noise(v, path, 1.5)(xt, t), da * x1 + 1.5 * ds * x0)
+
+
 @pytest.mark.parametrize("sampler, order", [("euler", 1), ("midpoint", 2), ("heun", 2)])
 def test_the_samplers_have_their_order(sampler, order):
     """On two Gaussians, whose flow bends, against RK45; on one alone midpoint happens to have order 3."""

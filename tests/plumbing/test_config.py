@@ -42,7 +42,8 @@ FUNCTIONS = (
     "ddpm_loss", "v_loss", "vae_loss", "score_loss", "draw_t", "draw_times", "drop_labels", "dequantize",
     "figure_preview", "reverse_process", "ddim_process", "sigma_hat_process", "guided_process", "cfg_eps",
     "classifier_guided_eps", "sde_process", "ode_process", "score_fn", "bits_per_dim",
-    "log_likelihood", "cfm_loss", "draw_time", "ot_coupling", "reflow_pairs", "velocity_fn", "flow_process")
+    "log_likelihood", "cfm_loss", "draw_time", "ot_coupling", "reflow_pairs", "velocity_fn", "scaled_noise",
+    "flow_process")
 NETWORKS = ("UNet", "DiT", "VAE", "ScoreMLP", "VelocityMLP", "VPrediction", "EMA")
 
 
@@ -280,6 +281,7 @@ SAMPLING = {  # these are drawn with --sample, from one checkpoint
         ("sampler", "heun", "flow_process.sampler"),
         ("S", 4, "flow_process.S draw.steps"),
         ("tolerance", 0.05, "flow_process.tolerance bits_per_dim.tolerance log_likelihood.tolerance"),
+        ("noise_scale", 1.2, "scaled_noise.scale"),
         ("classes", ("odd",), "velocity_fn.y"),
         ("w", 3.0, "velocity_fn.w"),
         ("likelihood", 3, "bits_per_dim.x log_likelihood.x dequantize.x"),
@@ -339,7 +341,7 @@ OWN = {
         ("beta_min", 0.2, "*.path", "--path vp"),
         ("beta_max", 10.0, "*.path", "--path vp"),
         ("coupling", "ot", "model.ot_coupling.x0"),
-        ("reflow", "RUN", "reflow_pairs.pairs model.pool model.dequantize.x flow_process.x velocity_fn.[wy]"),
+        ("reflow", "RUN", "reflow_pairs.pairs model.pool model.dequantize.x flow_process.x velocity_fn.y"),
         ("pairs", 12, "reflow_pairs.pairs model.pool flow_process.x velocity_fn.y", "--reflow RUN"),
         ("p_uncond", 0.3, "model.drop_labels.p_uncond"),
         ("hidden", 32, "VelocityMLP.weights", "--dataset gaussians --p_uncond 1"),

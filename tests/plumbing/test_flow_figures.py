@@ -56,7 +56,7 @@ def test_the_steps_are_those_of_euler_and_the_arrows_are_the_velocity(run, drawi
 
 def test_main_draws_the_classes_that_were_asked_for(copied, tmp_path, drawings, monkeypatch):
     """A stand-in leaves what it was asked for in the picture. Batches go on where the one before has ended."""
-    true, asked, glanced = flow.velocity_fn, [], []
+    true, asked, glanced, scales = flow.velocity_fn, [], [], []
     file, ema = copied(0)
 
     def velocity_fn(model, y=None, w=0.0):
@@ -65,6 +65,10 @@ def test_main_draws_the_classes_that_were_asked_for(copied, tmp_path, drawings, 
         assert torch.equal(model.conv_out.weight, ema["conv_out.weight"])
         return v
 
+    def scaled_noise(v, path, scale):
+        scales.append((type(path), scale))
+        return SimpleNamespace(leaves=v.leaves + 1000)
+
     def flow_process(v, x, t, t_end, sampler, S, tolerance=None):
         asked.append((t, t_end, sampler, S, tolerance))
         yield t, x
@@ -72,21 +76,32 @@ def test_main_draws_the_classes_that_were_asked_for(copied, tmp_path, drawings, 
 
     monkeypatch.setattr(flow, "velocity_fn", velocity_fn)
     monkeypatch.setattr(flow, "flow_process", flow_process)
+    monkeypatch.setattr(flow, "scaled_noise", scaled_noise)
     monkeypatch.setattr(plotting, "loss_by_t", lambda *_: {})
     for name in ("glance", "scores"):
         monkeypatch.setattr(quality, name, lambda x, data, labels: glanced.append((x, labels)) or {})
     flow.main(["--sample", str(file), "--classes", "3", "1", "4", "--w", "2", "--sampler", "heun", "--S", "7",
-               "--n_samples", "130", "--evaluate", "140", "--likelihood", "0", "--tolerance", "0.3",
+               "--n_samples", "130", "--evaluate", "140", "--likelihood", "0", "--tolerance", "0.3", "--noise_scale", "1.3",
                "--out", str(tmp_path / "out")])
     *_, (_, film) = drawings["denoising.gif"]["states"]
     samples, rows = drawings["samples.png"]["drawn"], drawings["steps.png"]["rows"]
     assert len(samples) == 130 and len(film) == 9 and len(rows[0]) == 10 and glanced[0][0] is samples
-    for x in (samples, film, *rows, glanced[1][0]):
+    for x, scaled in ((samples, 1000), (film, 1000), (glanced[1][0], 1000), *((row, 0) for row in rows)):
         mean = x.flatten(1).mean(1) - 10_000 * torch.tensor([3, 1, 4]).repeat(50)[:len(x)]
-        assert (mean - 200).abs().max() < 2
+        assert (mean - 200 - scaled).abs().max() < 2  # steps.png is of the flow itself
+    assert set(scales) == {(flow.StraightPath, 1.3)}
     assert [labels.tolist() for _, labels in glanced] == [([3, 1, 4] * 47)[:n] for n in (130, 140)]
     assert {ask for ask in asked if ask[2] == "heun"} == {(0.0, 1.0, "heun", 7, 0.3)}
     assert [ask[3] for ask in asked if ask[2] == "euler"] == [1, 2, 4, 10, 25, 50]
+
+
+def test_a_reflowed_run_draws_by_its_velocity_as_it_is(copied, tmp_path, drawings, monkeypatch):
+    """Its pairs were drawn with the noise scaled."""
+    file, _ = copied(0, reflow="the run that drew its pairs")
+    monkeypatch.setattr(flow, "scaled_noise", None)
+    monkeypatch.setattr(plotting, "loss_by_t", lambda *_: {})
+    flow.main(["--sample", str(file), "--S", "2", "--likelihood", "0", "--out", str(tmp_path / "out")])
+    assert len(drawings["samples.png"]["drawn"]) == 4
 
 
 @pytest.mark.parametrize("evaluate", [None, 10])
@@ -103,7 +118,8 @@ def test_the_likelihood_is_of_held_out_examples(evaluate, run, monkeypatch):
 @pytest.mark.parametrize("argv, words", [
     ("--classes 3", "--classes 3: needs"), ("--p_uncond 0.5 --classes 3 cat", "--classes cat: must be one of 0"),
     ("--p_uncond 0.5 --dataset two_moons", "--p_uncond 0.5: must be 1"), ("--hidden 8", "--hidden needs points"),
-    ("--dataset two_moons --mults 1", "--mults needs images"), ("--p_uncond 0", "--w 1: must be 0"),
+    ("--dataset two_moons --mults 1", "--mults needs images"), ("--p_uncond 0", "--p_uncond 0.0: must be in (0, 1]"),
+    ("--reflow none --coupling ot", "--coupling ot: must be independent"),
     ("--path vp --beta_min 30", "--beta_min 30.0: must be below"), ("--reflow none", "--reflow none: no such file"),
     (f"--reflow {ROOT}/pretrained/ddpm.pt", "must be of flow_matching")])
 def test_a_setting_that_nothing_can_follow_is_refused_in_a_line(argv, words, tmp_path, capsys):

@@ -116,10 +116,11 @@ def test_a_fit_is_to_the_pairs_or_to_those_of_least_cost(couple, monkeypatch):
 
 
 def test_flows_race_in_25_euler_steps(tmp_path, drawings, monkeypatch):
-    """The network answers 1000, so that each sample is its noise and 1000."""
-    scored, asked, cfg = [], [], flow.Config(path="vp", steps=114)
+    """As main draws: the network answers 1000, so that each sample is its noise, 1000, and the scale of the noise."""
+    scored, asked, cfg = [], [], flow.Config(path="vp", steps=114, noise_scale=50.0)
     monkeypatch.setattr(race, "trained", lambda *_: (cfg, lambda x, t, y: torch.full_like(x, 1000.0), 60.0))
     monkeypatch.setattr(race, "ROOT", tmp_path)
+    monkeypatch.setattr(race.fm, "scaled_noise", lambda v, path, scale: lambda x, t: v(x, t) + scale)
     spied(monkeypatch, race.fm, "flow_process", lambda given, _: asked.append(
         [given[name] for name in ("t", "t_end", "sampler", "S")]))
     monkeypatch.setattr(race.quality, "scores", lambda x, _: scored.append(x) or {
@@ -128,6 +129,6 @@ def test_flows_race_in_25_euler_steps(tmp_path, drawings, monkeypatch):
     race.main("--page flow_matching --minutes 1 --n 30 --preset smoke --device cpu".split())
     row, = json.loads((tmp_path / "results" / "flow_matching" / "race.json").read_text())["rows"]
     assert row["steps"] == 114 and row["25 steps"]["n"] == 30 and list(row) == ["cpu_minutes", "steps", "25 steps"]
-    assert asked == [[0.0, 1 - 1e-5, "euler", 25]] and (scored[0] - 1000).abs().max() < 6
+    assert asked == [[0.0, 1 - 1e-5, "euler", 25]] and (scored[0] - 1050).abs().max() < 6
     assert {name: line[:2] for name, line in drawings["race.png"]["parts"][0]["lines"].items()} == {
         "flow, 25 Euler steps": ([1.0], [0.25])}
