@@ -125,8 +125,9 @@ STEPS = {
         "metrics.json>figures.json way.png one_step.png straightness.png"),
     "flow_ot": Step("flow_matching_example.py --coupling ot", 5, "flow_matching",
                     "metrics.json>metrics_ot.json"),
-    "flow_reflow": Step("flow_matching_example.py --reflow {flow}", 8, "flow_matching",
-                        "metrics.json>metrics_reflow.json"),
+    "flow_reflow": Step(
+        "flow_matching_example.py --reflow {flow} --steps 2000 --lr 0.001", 14,
+        "flow_matching", "metrics.json>metrics_reflow.json"),
     "flow_steps": Step("experiments/flow_steps.py {flow} {flow_ot} {flow_reflow}", 4,
                        ""),
     "rectify": Step("experiments/rectify.py", 4, ""),
