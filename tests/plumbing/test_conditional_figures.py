@@ -19,6 +19,8 @@ import torch
 from conftest import only_run, open_run, spied
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 TRUE_PROCESS = cond.guided_process
 
 @pytest.fixture(scope="module")
@@ -168,7 +170,6 @@ def test_the_scale_of_classifier_guidance_is_1_plus_w(sampler, shown, monkeypatc
     assert drawn["grid.png"]["row_labels"] == ["unconditional", "s = 1", "s = 4"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["model", "classifier"])
 def test_after_ctrl_c_nothing_is_drawn_with_an_unfinished_classifier(loop, tmp_path, monkeypatch, capsys):
     """Ctrl-C comes in the second step of a loop."""
@@ -254,7 +255,6 @@ def test_guidance_is_drawn_of_both_evaluations(drawings, tmp_path):
     assert [part["levels"] for part in (accuracy, recall, distance)] == [{"held out": 0.9}, {}, {"_held out": 1.0}]
 
 
-@pytest.mark.slow
 def test_compare_trains_both_networks_for_the_same_time_and_draws_as_asked(coded, drawings, tmp_path, monkeypatch):
     """Every flag of the sampler reaches both, and both begin with the same noises."""
     asked, costs, scores = [], iter([{"seconds": 0.05}, {"seconds": 0.04}]), iter([(3.0, 0.25), (8.0, 0.75)])

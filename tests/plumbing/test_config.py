@@ -29,6 +29,8 @@ import torch
 from conftest import only_run, script_name, spied
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 PAGES = (ddpm, ddim, latent, conditional, score_based, flow)
 BASE = dict.fromkeys(PAGES, "--preset smoke --device cpu --steps 3")
 BASE[latent] += " --image_size 16"

@@ -19,6 +19,8 @@ from torch.testing import assert_close
 
 import controllable
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 
 @pytest.fixture
 def flags(finished, tmp_path, monkeypatch):
@@ -245,7 +247,6 @@ def test_classes_are_asked_for_by_name_or_by_number():
             controllable.asked_classes(controllable.Config(classes=(name,)), mine)
 
 
-@pytest.mark.slow
 def test_every_sampler_is_moved_to_its_class(flags, monkeypatch, drawings):
     """An exact classifier of two Gaussians in the trained one's place: rows by sampler, columns by class."""
     cfg, run, _ = opened(flags, "--N", 40, "--tolerance", 1e-2, "--evaluate", 90)
@@ -275,7 +276,6 @@ def test_every_sampler_is_moved_to_its_class(flags, monkeypatch, drawings):
             assert name == "corrector alone" or (x[y == k].mean() - means[k]).abs() < 0.2, name
 
 
-@pytest.mark.slow
 def test_main_draws_and_judges_the_classes_that_were_asked_for(flags, tmp_path, monkeypatch, drawings):
     asked, methods = [], []
     spied(monkeypatch, sb, "conditional_score", lambda given, _: asked.append(given["y"].tolist()))

@@ -15,6 +15,8 @@ import torch
 from conftest import experiment, only_run, open_run
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 figures = experiment("ddim")
 SIGMA_HAT = 50_000.0
 

@@ -10,6 +10,8 @@ import torch
 from conftest import experiment, only_run, open_run, spied
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 figures = experiment("ddpm")
 SMALL = "--dataset", "digits8"
 

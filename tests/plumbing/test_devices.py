@@ -34,6 +34,8 @@ import controllable
 import ncsnpp
 import series
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 CPU, META = torch.device("cpu"), torch.device("meta")
 NCSNPP = ("fir", "skip_rescale", "biggan", "progressive_input")
 aten = torch.ops.aten
@@ -166,7 +168,6 @@ SMALL = ("--dataset=digits8", "--image_size=8", "--mults=1", "--attention=8", "-
          "--preset=smoke", "--steps=1", "--preview_every=1")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page, argv", [
     ("ddpm", ["--T=1"]), ("latent_diffusion", ["--T=1", "--S=1", "--vae_steps=1"]),
     ("conditional_diffusion", ["--T=1", "--S=1", "--guidance=classifier", "--classifier_steps=1", "--n_samples=4"]),
@@ -189,7 +190,6 @@ def test_a_page_runs_on_a_device(page, argv, tmp_path, monkeypatch, drawings):
     assert {"samples.png", "loss.png"} <= set(drawings)
 
 
-@pytest.mark.slow
 def test_what_no_run_above_calls_stays_on_the_device(monkeypatch):
     monkeypatch.setattr(scipy.integrate, "RK45", scipy.integrate.RK23)  # fewer calls
     x, pictures = torch.randn(2, 2, device=META), torch.randn(2, 3, 2, 2, device=META)

@@ -12,6 +12,8 @@ import torch
 from conftest import ROOT, experiment, open_run
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 figures = experiment("flow_matching")
 PATH = flow.StraightPath()  # whose x1_hat is x_t + (1 - t) v
 

@@ -15,6 +15,8 @@ from torch.testing import assert_close
 
 import rectify
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 steps, race = experiment("flow_steps"), experiment("race")
 
 

@@ -24,6 +24,8 @@ import torch
 from conftest import experiment, only_run, open_picture, open_run, script_name, spied
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 PAGES = (ddpm, ddim, latent, conditional, score_based, flow)
 LOSS = {ddpm: "ddpm_loss", latent: "ddpm_loss", conditional: "v_loss", score_based: "score_loss", flow: "cfm_loss"}
 RUNS = dict.fromkeys(PAGES, ("--dataset", "digits8"))  # the runs of `finished`, which other files share
@@ -126,7 +128,6 @@ def recorded(request, tmp_path_factory):
     return seen
 
 
-@pytest.mark.slow
 def test_a_step_follows_the_averaged_and_clipped_gradient_of_this_batch_alone(recorded):
     """No gradient of an earlier step is left, and none is missing; the log has the norm before the clip."""
     rates = [0.01 * min(1, (step + 1) / 3) * (1 + torch.cos(torch.tensor(torch.pi * step / 6)).item()) / 2
@@ -140,13 +141,11 @@ def test_a_step_follows_the_averaged_and_clipped_gradient_of_this_batch_alone(re
             assert_close(found, gradient / 2 * 0.01 / norm, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.slow
 def test_mixed_precision_is_in_the_network_alone(recorded):
     assert recorded.inside == {torch.bfloat16} and {loss.value.dtype for loss in recorded.losses} == {torch.float32}
     assert {p.dtype for p in recorded.steps[-1].weights + [*recorded.model.parameters()]} == {torch.float32}
 
 
-@pytest.mark.slow
 def test_what_is_returned_and_previewed_is_the_average_of_the_weights(recorded):
     """In eval mode; the checkpoint holds it and the weights themselves. A preview leaves the draws alone."""
     model, average, last = recorded.model, recorded.steps[0].before, recorded.steps[-1].weights
@@ -164,7 +163,6 @@ def test_what_is_returned_and_previewed_is_the_average_of_the_weights(recorded):
     assert recorded.previews == [(model, 3, True), (model, 6, True)]
 
 
-@pytest.mark.slow
 def test_each_step_draws_its_pictures_its_t_and_its_noise(recorded):
     """t by --drawing; the score-based page's times are in its own file."""
     assert len(recorded.drawn) == (0 if recorded.page is score_based else 6)
@@ -264,7 +262,6 @@ def test_the_presets_of_papers_draw_as_the_papers_do(page):
             assert drawing in ("uniform", "simple") and vars(cfg).get("eps_scale", 1.0) == 1.0, preset
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page, more, frames", [
     (ddpm, set(), 21), (ddim, set(), 6), (conditional, set(), 6), (latent, {"vae_log.csv"}, 6),
     (flow, {"steps.png"}, 6)], ids=name_of)
@@ -299,7 +296,6 @@ def test_a_fresh_run_draws_by_the_network_that_training_returned(page, tmp_path,
     assert seen == [returned]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page, argv, y", [
     *((page, [], None) for page in PAGES if page is not conditional),
     (conditional, [], [*range(10)] * 4), (conditional, ["--classes", "7", "0", "3"], [7, 0, 3])], ids=name_of)
@@ -342,7 +338,6 @@ def test_sample_draws_by_the_average_from_fresh_noise_and_measures_what_it_drew(
         assert drawings["samples.png"]["drawn"] is glance
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page, flags, names", [
     (ddpm, [], "forward schedules denoising neighbours"),
     (ddim, ["--sigma_hat", "--eta", "1"], "steps eta interpolation reconstruction neighbours"),

@@ -11,6 +11,8 @@ import torch
 from conftest import experiment, only_run, open_run, spied
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 figures = experiment("latent")
 RUN = "--dataset", "digits8", "--image_size", "16"
 

@@ -22,6 +22,8 @@ import controllable
 import ncsnpp
 import series
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 figures, samplers, sdes = map(experiment, ("score_based", "samplers", "sdes"))
 DIGITS = "--dataset", "digits8", "--attention", "4"
 SHORT = "--steps", "2", "--preview_every", "2", "--N", "2"
@@ -48,7 +50,6 @@ def trained(request, finished, table):
         return request.param, *finished(page, *flags, *["--dataset", table] * (page is series))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dataset, sde", [("digits8", "ve"), ("two_moons", "subvp")])
 def test_each_step_hands_the_loss_what_the_config_says(dataset, sde, tmp_path, monkeypatch):
     """A batch, images spread over their bins, times and noise of its own; the SDE; the std of the data."""
@@ -76,7 +77,6 @@ def test_each_step_hands_the_loss_what_the_config_says(dataset, sde, tmp_path, m
         assert torch.equal(kept[name], value) and torch.equal(model.get_buffer(name), value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trained, files, n", [
     ("images", "samples.png preview.png loss.png denoising.gif samplers.png", 4), ("ncsnpp", "samples.png", 4),
     ("points", "samples.png scores.png", 2), ("series", "samples.png samples.csv series.png forecast.png", 1)],
@@ -98,7 +98,6 @@ SET = {"sampler": "rk4", "N": 7, "predictor": "flow", "corrector_steps": 2, "snr
 ALWAYS = ["figure_loss", "figure_denoising"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trained, page, clips, n, names", [
     ("images", sb, True, 5, [*ALWAYS, "figure_samplers", "measure_likelihood"]),
     ("points", sb, False, 500, [*ALWAYS, "figure_scores", "measure_likelihood"]),

@@ -14,6 +14,8 @@ from torch.testing import assert_close
 
 import series
 
+pytestmark = pytest.mark.slow  # the file as a whole
+
 ROWS = np.random.default_rng(0).normal(size=(30, 10))
 
 
@@ -40,7 +42,6 @@ def moved(tmp_path):
     return f"csv:{tmp_path / 'moved.csv'}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("at", ["moved", "nowhere"])
 def test_samples_are_in_the_unit_of_the_network_that_draws_them(at, trained, moved, tmp_path, capsys, drawings):
     """Not in that of a table that has changed since; the table itself is not needed."""
