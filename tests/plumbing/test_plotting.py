@@ -103,6 +103,9 @@ def test_a_table_has_its_rows_and_labels_where_they_belong(axes_of):
     assert [[shown[int(y), int(x), 0] for x in xs] for y in ys] == [[0, 0.25, 0.5], [0.75, 1, 1]]  # white: there is none
     assert texts(axis.get_yticklabels()) == ["above", "below"] and texts(axis.get_xticklabels()) == ["x", "y", "z"]
     assert axis.get_ylim()[0] > axis.get_ylim()[1] and axis.get_title() == "title"
+    picture = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)  # upright, and left is left
+    axis, = axes_of(plotting.table, [picture], "title", ["one"])
+    assert np.allclose(axis.images[0].get_array()[:8, :8, 0], (picture[0, 0] + 1) / 2, atol=0.01)
 
 
 def test_points_series_and_arrows_are_drawn_where_they_are(axes_of):
